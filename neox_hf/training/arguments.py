@@ -1,0 +1,44 @@
+"""The `train:` section of a recipe: every field of HF's TrainingArguments, and the few it lacks."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class NeoXTrainingArguments(TrainingArguments):
+    """`TrainingArguments` for GPT-NeoX pretraining.
+
+    precision: `fp32`; `amp` (fp32 weights under bf16 autocast); `bf16` (bf16 weights and activations with fp32
+        master weights, moments and gradient accumulation). `auto` is bf16 on CUDA and fp32 elsewhere.
+    lr_decay_style: GPT-NeoX schedule; when set it replaces `lr_scheduler_type`.
+    lr_warmup_fraction: warm-up, as a fraction of `lr_decay_steps`. min_lr: floor of the schedule.
+    lr_decay_steps: steps over which the rate decays; `max_steps` when unset.
+    save_schedule: when to save: `every` (each `save_steps`), `none`, `pythia` (0, 1, 2, 4 ... 512, then every
+        1000), or a list of steps.
+    nan_policy: what a loss or gradient that is not finite does: stop the run, or skip the step.
+    max_skipped_steps: consecutive skipped steps after which the run stops all the same.
+    peak_tflops: dense peak or sustained rate of one device in TFLOP/s, for MFU; looked up when unset.
+    """
+
+    precision: Literal["auto", "fp32", "amp", "bf16"] = "auto"
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] | None = None
+    lr_warmup_fraction: float = 0.01
+    lr_decay_steps: int | None = None
+    min_lr: float = 0.0
+    save_schedule: Literal["every", "none", "pythia"] | list[int] = "every"
+    nan_policy: Literal["raise", "skip"] = "raise"
+    max_skipped_steps: int = 10
+    peak_tflops: float | None = None
+
+    # Defaults that differ from HF's: a stream is endless, data position is restored rather than replayed,
+    # and a NaN is never hidden from the log.
+    max_steps: int = 1000
+    ignore_data_skip: bool = True
+    logging_nan_inf_filter: bool = False
+    logging_first_step: bool = True
+    report_to: None | str | list[str] = field(default_factory=list)
+    include_num_input_tokens_seen: str | bool = "no"
+    average_tokens_across_devices: bool = True
+    remove_unused_columns: bool | None = False
