@@ -1,0 +1,43 @@
+# Every target sets up .venv by itself on its first call and reuses it afterwards.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# DeepSpeed's CUDA ops are not used: the kernels are Triton, compiled at first use.
+export DS_BUILD_OPS := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test test-slow check style coverage bench clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: ## set-up, then the main job on the embedded corpus
+	@scripts/demo.sh
+
+test: install
+	$(BIN)/python -m pytest -m "not gpu and not multigpu and not slow and not network" --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python scripts/bench_trainer_overhead.py
+	$(BIN)/python scripts/bench_tokenization.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,133 @@
+"""Data parallelism that accumulates and reduces gradients in fp32, whatever the dtype of the weights.
+
+torch's DistributedDataParallel reduces gradients in the dtype of the parameter, so bf16 weights would be averaged in
+bf16. Here each parameter's `.grad` is an fp32 view into a flat bucket; a bucket is all-reduced as soon as the backward
+pass has filled it, while the rest of the backward pass still runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_ELEMENTS = 16 * 1024 * 1024
+
+
+@dataclass
+class _Bucket:
+    """Gradients that travel in one message. `missing` counts those the running backward pass has yet to produce."""
+
+    flat: Tensor
+    views: list[tuple[nn.Parameter, Tensor]]
+    missing: int = 0
+    work: dist.Work | None = field(default=None, repr=False)
+
+
+def accumulate_gradients_in_fp32(module: nn.Module) -> None:
+    """Make autograd cast each parameter's gradient to fp32 before it is added to `.grad`."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.grad_dtype = torch.float32
+
+
+class DataParallel(nn.Module):
+    """Replicas of `module` whose fp32 gradients are averaged over `group`.
+
+    Args:
+        module: the model; its parameters and buffers are broadcast from the group's first rank.
+        group: ranks that hold replicas; None is the whole world.
+        bucket_elements: gradients per message. Larger buckets use the network better, smaller ones overlap more.
+    """
+
+    def __init__(
+        self, module: nn.Module, group: dist.ProcessGroup | None = None, bucket_elements: int = BUCKET_ELEMENTS
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.group = group
+        self._synchronise = True
+        accumulate_gradients_in_fp32(module)
+        self._broadcast_replica()
+        self._buckets = self._fill_buckets(bucket_elements)
+        self._register_hooks()
+        self.zero_grad()
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients accumulate locally; the first backward pass outside this context reduces their sum."""
+        before, self._synchronise = self._synchronise, False
+        try:
+            yield
+        finally:
+            self._synchronise = before
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - the views are the gradients' home
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+            bucket.missing = len(bucket.views)
+            for parameter, view in bucket.views:
+                parameter.grad = view
+
+    def _broadcast_replica(self) -> None:
+        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        for tensor in [*self.module.parameters(), *self.module.buffers()]:
+            dist.broadcast(tensor.detach(), src=source, group=self.group)
+
+    def _fill_buckets(self, bucket_elements: int) -> list[_Bucket]:
+        # Reverse order of definition is roughly the order in which the backward pass produces gradients.
+        trainable = [p for p in reversed(list(self.module.parameters())) if p.requires_grad]
+        groups: list[list[nn.Parameter]] = []
+        room = 0
+        for parameter in trainable:
+            if not groups or parameter.numel() > room or parameter.device != groups[-1][0].device:
+                groups.append([])
+                room = bucket_elements
+            groups[-1].append(parameter)
+            room -= parameter.numel()
+        return [_bucket_of(group) for group in groups]
+
+    def _register_hooks(self) -> None:
+        for bucket in self._buckets:
+            for parameter, _ in bucket.views:
+                parameter.register_post_accumulate_grad_hook(self._hook_for(bucket))
+
+    def _hook_for(self, bucket: _Bucket):
+        def on_gradient(_: nn.Parameter) -> None:
+            if not self._synchronise:
+                return
+            if all(other.missing == len(other.views) for other in self._buckets):
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            bucket.missing -= 1
+            if bucket.missing == 0:
+                self._reduce(bucket)
+
+        return on_gradient
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        bucket.flat.div_(dist.get_world_size(self.group))
+        bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+
+    def _finish(self) -> None:
+        """Runs when the backward pass ends: parameters without a gradient leave their bucket unreduced until here."""
+        for bucket in self._buckets:
+            if bucket.work is None:
+                self._reduce(bucket)
+        for bucket in self._buckets:
+            bucket.work.wait()
+            bucket.work = None
+            bucket.missing = len(bucket.views)
+
+
+def _bucket_of(parameters: list[nn.Parameter]) -> _Bucket:
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
+    views, start = [], 0
+    for parameter in parameters:
+        views.append((parameter, flat[start : start + parameter.numel()].view(parameter.shape)))
+        start += parameter.numel()
+    return _Bucket(flat=flat, views=views)

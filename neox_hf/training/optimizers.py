@@ -1,0 +1,76 @@
+"""AdamW over fp32 master copies of low-precision weights."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """Decoupled-weight-decay Adam whose arithmetic, master weights and moments are fp32.
+
+    Gradients may be fp32 (see `parallel.data_parallel.accumulate_gradients_in_fp32`) or of the parameter's dtype.
+    `state[p]` holds `master`, `exp_avg`, `exp_avg_sq` (fp32, the parameter's shape) and `step` (fp32 scalar). A
+    parameter whose gradient is None is left as it is, bit for bit.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101; the update itself is torch's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        states = [self._state_of(p) for p in parameters]
+        masters = [state["master"] for state in states]
+        adamw(
+            masters,
+            [p.grad.float() for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=None if group["fused"] else False,
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        torch._foreach_copy_(parameters, masters)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["master"] = parameter.detach().float()
+            state["exp_avg"] = torch.zeros_like(state["master"])
+            state["exp_avg_sq"] = torch.zeros_like(state["master"])
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return state
