@@ -1,0 +1,51 @@
+"""Which old checkpoints `save_total_limit` deletes."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from neox_hf.checkpoint.directory import finished_checkpoints, finished_path, remove_checkpoint, step_of
+from neox_hf.checkpoint.verify import read_manifest
+from neox_hf.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def prune(
+    output_dir: str | os.PathLike[str],
+    keep_last: int,
+    protected_steps: Callable[[int], bool],
+    best: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Delete old checkpoints and return their paths, oldest first.
+
+    keep_last: how many to keep, the best one among them, as HF counts; the newest always stays. Protected steps (a
+        log-spaced schedule's) stay and are not counted. Zero or less keeps all.
+    A directory without a readable manifest is no checkpoint: it is neither counted nor deleted.
+    """
+    if keep_last <= 0:
+        return []
+    candidates = [
+        path
+        for path in finished_checkpoints(Path(output_dir))
+        if path == finished_path(path.parent, step_of(path)) and not protected_steps(step_of(path)) and _is_ours(path)
+    ]
+    best_step = None if best is None else step_of(Path(best))
+    others = [path for path in candidates if step_of(path) != best_step]
+    room = keep_last - (len(candidates) - len(others))
+    newest_is_best = bool(candidates) and step_of(candidates[0]) == best_step
+    doomed = others[max(room, 0 if newest_is_best else 1) :][::-1]
+    for path in doomed:
+        logger.info("deleting %s: save_total_limit is %d", path, keep_last)
+        remove_checkpoint(path)
+    return doomed
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except CheckpointError as error:
+        logger.warning("left alone: %s", error)
+        return False
+    return True

@@ -1,0 +1,216 @@
+"""Writing a checkpoint so that it is there whole, or not there.
+
+Everything goes into `tmp-checkpoint-N/`. The commit makes it durable, lists it in the manifest and renames it. Each
+phase is a method of its own, so that a test can kill the process in any of them.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from neox_hf.checkpoint.box_files import save_boxes
+from neox_hf.checkpoint.boxes import Box
+from neox_hf.checkpoint.directory import (
+    MANIFEST,
+    STATE,
+    aside_path,
+    finished_path,
+    rank_file,
+    recover,
+    remove_checkpoint,
+    unfinished_path,
+)
+from neox_hf.checkpoint.durable import sha256_of_all, sync_directory, sync_file, write_durably, writing
+from neox_hf.checkpoint.manifest import FileRecord, Manifest
+from neox_hf.checkpoint.verify import is_safe
+from neox_hf.checkpoint.weights import SHARD_SIZE, save_weights
+from neox_hf.errors import CheckpointError
+
+RECORDED_VERSIONS = ("torch", "transformers", "safetensors", "numpy")
+
+
+class CheckpointWriter:
+    """Writes checkpoint `step` of `output_dir`, together with the other ranks of the world.
+
+    Rank 0 must hold the directory's `OutputLock`. `barrier` returns when every rank has called it. All ranks construct
+    the writer and commit; in between each writes what it has. `path` is where the files lie until the commit.
+
+    Raises:
+        CheckpointError: here and in every method, when something cannot be written; earlier checkpoints remain.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        step: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.step, self.rank, self.world_size = step, rank, world_size
+        self.path = unfinished_path(self.output_dir, step)
+        self._barrier = barrier
+        self._written: set[str] = set()
+        if rank == 0:
+            with writing(self.path):
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                recover(self.output_dir)
+                (self.path / STATE).mkdir(parents=True)
+        barrier()
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"rank {rank} does not see {self.path}, which rank 0 has made; output_dir must be shared by all ranks"
+            )
+
+    def write_weights(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+        shard_size: str = SHARD_SIZE,
+    ) -> None:
+        """Rank 0 writes what `from_pretrained` needs; the other ranks hold the same weights and write nothing."""
+        if self.rank != 0:
+            return
+        work = self.path / "weights"
+        with writing(self.path):
+            save_weights(model, work, tokenizer, dtype, shard_size)
+            self._adopt(work)
+
+    def write_boxes(self, stem: str, boxes: Iterable[Box]) -> None:
+        """Write this rank's boxes into `state/<stem>-<rank>-of-<world>.safetensors`."""
+        with self._new_file(self._rank_file(stem)) as path:
+            save_boxes(path, boxes)
+
+    def write_tensors(self, stem: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write tensors that belong to this rank alone into `state/<stem>-<rank>-of-<world>.safetensors`."""
+        with self._new_file(self._rank_file(stem)) as path:
+            save_file(tensors, path, metadata=metadata)
+
+    def write_json(self, relative_path: str, obj: Any) -> None:
+        """Write a JSON file, such as `trainer_state.json` or `state/data.json`."""
+        self.write_bytes(relative_path, (json.dumps(obj, indent=2) + "\n").encode())
+
+    def write_bytes(self, relative_path: str, data: bytes) -> None:
+        """Write any other file. Two ranks must not write the same path."""
+        with self._new_file(relative_path) as path:
+            path.write_bytes(data)
+
+    def commit(self, metadata: Mapping[str, Any] | None = None) -> Path:
+        """Turn what all ranks have written into `checkpoint-N`, and return its path.
+
+        metadata: the run's own facts for the manifest, such as samples and tokens consumed; rank 0's are kept.
+        """
+        final = finished_path(self.output_dir, self.step)
+        with writing(final):
+            self.seal()
+            self._barrier()
+            if self.rank == 0:
+                self.write_manifest(dict(metadata or {}))
+                self.make_names_durable()
+                self.set_aside(final)
+                self.rename(final)
+                self.remove_set_aside()
+            self._barrier()
+        return final
+
+    # The phases of a commit, in their order.
+
+    def seal(self) -> None:
+        """Bring this rank's files to the disk and leave a record of their sizes and sums for rank 0."""
+        names = sorted(self._written)
+        paths = [self.path / name for name in names]
+        for path in paths:
+            sync_file(path)
+        sums = sha256_of_all(paths)
+        records = [
+            asdict(FileRecord(name, path.stat().st_size, digest))
+            for name, path, digest in zip(names, paths, sums, strict=True)
+        ]
+        write_durably(self._done_record(self.rank), json.dumps(records).encode())
+
+    def write_manifest(self, metadata: dict[str, Any]) -> None:
+        """Merge the ranks' records into the manifest."""
+        files: dict[str, FileRecord] = {}
+        for rank in range(self.world_size):
+            done = self._done_record(rank)
+            for record in json.loads(done.read_bytes()):
+                if record["path"] in files:
+                    raise CheckpointError(f"{record['path']} was written by rank {rank} and by another rank")
+                files[record["path"]] = FileRecord(**record)
+            done.unlink()
+        manifest = Manifest(
+            step=self.step,
+            world_size=self.world_size,
+            metadata=metadata,
+            versions=library_versions(),
+            files=tuple(files[path] for path in sorted(files)),
+        )
+        write_durably(self.path / MANIFEST, manifest.to_bytes())
+
+    def make_names_durable(self) -> None:
+        """Bring the names of the files to the disk, deepest directory first."""
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            sync_directory(Path(folder))
+
+    def set_aside(self, final: Path) -> None:
+        """Move an earlier checkpoint of this step out of the way; it stays valid and is found there."""
+        if final.exists():
+            os.rename(final, aside_path(self.output_dir, self.step))
+
+    def rename(self, final: Path) -> None:
+        """The moment the checkpoint comes into being."""
+        os.rename(self.path, final)
+        sync_directory(self.output_dir)
+
+    def remove_set_aside(self) -> None:
+        """Delete the checkpoint that this one replaces."""
+        aside = aside_path(self.output_dir, self.step)
+        if aside.exists():
+            remove_checkpoint(aside)
+
+    def _adopt(self, folder: Path) -> None:
+        """Move the files of a folder of the checkpoint up to its top level; the commit will know them."""
+        for file in [path for path in folder.rglob("*") if path.is_file()]:
+            relative = file.relative_to(folder)
+            (self.path / relative).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(file, self.path / relative)
+            self._written.add(relative.as_posix())
+        shutil.rmtree(folder)
+
+    def _rank_file(self, stem: str) -> str:
+        return rank_file(stem, self.rank, self.world_size)
+
+    def _done_record(self, rank: int) -> Path:
+        return self.path / STATE / f"done-{rank}-of-{self.world_size}.json"
+
+    @contextmanager
+    def _new_file(self, relative_path: str) -> Iterator[Path]:
+        """The full path for a file that the body writes; the commit will know it."""
+        assert is_safe(relative_path), f"{relative_path!r} is not a plain path inside the checkpoint"
+        path = self.path / relative_path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+        self._written.add(relative_path)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a checkpoint."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in RECORDED_VERSIONS
+    }
