@@ -1,0 +1,26 @@
+"""One file per op: equation, plain-torch reference, public function. Imports torch alone."""
+
+from neox_hf.kernels.bias_gelu import BIAS_GELU, bias_gelu
+from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_entropy
+from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
+from neox_hf.kernels.dual_layer_norm import DUAL_LAYER_NORM, dual_layer_norm
+from neox_hf.kernels.layer_norm import LAYER_NORM, layer_norm
+from neox_hf.kernels.residual_add import RESIDUAL_ADD, residual_add
+from neox_hf.kernels.rotary import ROTARY, rotary
+
+OPS: tuple[Op, ...] = (LAYER_NORM, DUAL_LAYER_NORM, ROTARY, BIAS_GELU, RESIDUAL_ADD, CROSS_ENTROPY)
+
+__all__ = [
+    "BACKENDS",
+    "IGNORE_INDEX",
+    "OPS",
+    "Backend",
+    "Op",
+    "bias_gelu",
+    "cross_entropy",
+    "describe_choice",
+    "dual_layer_norm",
+    "layer_norm",
+    "residual_add",
+    "rotary",
+]

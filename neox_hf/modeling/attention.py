@@ -1,0 +1,85 @@
+"""Causal self-attention with a fused projection and partial rotary positions.
+
+Shapes: B batch, S sequence, H hidden, N heads, D = H / N head size, R <= D rotated width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from neox_hf.kernels import rotary
+from neox_hf.modeling.configuration import GPTNeoXConfig
+from neox_hf.modeling.initialization import output_layer
+
+
+class GPTNeoXAttention(nn.Module):
+    """softmax(q k^T / sqrt D) v for each head, through whichever attention implementation the configuration names.
+
+    `query_key_value` is [3H, H], its rows ordered [N, 3, D]: whole heads are contiguous.
+    """
+
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_size = config.head_size
+        self.attention_dropout = config.attention_dropout
+        self.scaling = self.head_size**-0.5
+        self.is_causal = True
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.dense = output_layer(nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        layer_past: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, S, H] -> ([B, S, H], weights [B, N, S, keys] or None where the implementation has none)."""
+        batch_shape = hidden_states.shape[:-1]
+        qkv = self.query_key_value(hidden_states).view(*batch_shape, -1, 3, self.head_size)
+        cos, sin = position_embeddings
+        query, key, value = rotary(qkv, cos, sin, backend=self.config.kernels)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        # Looked up in every pass: `set_attn_implementation` may change it between two.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.dense(output.reshape(*batch_shape, -1)), weights
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, softmax in fp32: the implementation that also returns its weights.
+
+    query, key, value [B, N, S, D]; the additive mask [B, 1, S, keys]. Returns ([B, S, N, D], weights [B, N, S, keys]).
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights

@@ -1,0 +1,82 @@
+"""Which positions may look at which: a mask, or nothing where `is_causal` says it all."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from neox_hf.modeling.configuration import GPTNeoXConfig
+
+
+def causal_mask(
+    config: GPTNeoXConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> Tensor | BlockMask | None:
+    """The mask in the form that the attention implementation wants, or None.
+
+    attention_mask: [B, S] of 0 and 1, or 4-D and ready, as the caller gave it. position_ids: as the *caller* gave them,
+    so None says that no position restarts; where they do, documents are packed and do not see each other.
+    past_key_values: as the caller gave it.
+    """
+    if is_causal_enough(config, inputs_embeds.shape[1], attention_mask, position_ids, past_key_values):
+        return None
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
+
+
+def is_causal_enough(
+    config: GPTNeoXConfig,
+    length: int,
+    attention_mask: Tensor | BlockMask | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> bool:
+    """Whether SDPA's `is_causal` alone is right, decided without reading a tensor.
+
+    transformers reads tensors to decide, so while `torch.compile` traces it declines and builds [B, 1, S, S]; and in
+    eager mode it waits for the device in every forward pass.
+    """
+    if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
+        return False
+    if attention_mask is not None or position_ids is not None:
+        return False
+    if past_key_values is None:
+        return True
+    if past_key_values.is_compileable or any(past_key_values.is_sliding):
+        return False
+    return length == 1 or past_key_values.get_seq_length() == 0
+
+
+def flash_documents(
+    config: GPTNeoXConfig,
+    attention_mask: Tensor | BlockMask | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> dict[str, Any]:
+    """Document boundaries for flash attention, which takes no mask; empty where there is one document a row.
+
+    transformers finds packed documents for flash attention only in batches of one row; in larger ones they would see
+    each other.
+    """
+    packed = attention_mask is None and past_key_values is None and position_ids is not None
+    if not packed or not str(config._attn_implementation).startswith("flash_attention"):
+        return {}
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    if int(starts.sum()) == position_ids.shape[0]:
+        return {}
+    first_tokens = starts.flatten().nonzero().flatten()
+    bounds = torch.nn.functional.pad(first_tokens, (0, 1), value=position_ids.numel()).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

@@ -1,0 +1,140 @@
+"""`GPTNeoXModel`: embedding, the stack of blocks, final norm."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from neox_hf.kernels import OPS, describe_choice
+from neox_hf.modeling.attention import GPTNeoXAttention
+from neox_hf.modeling.configuration import GPTNeoXConfig
+from neox_hf.modeling.initialization import initialize_matrix
+from neox_hf.modeling.layer import GPTNeoXLayer
+from neox_hf.modeling.masks import causal_mask, flash_documents
+from neox_hf.modeling.norms import GPTNeoXLayerNorm
+from neox_hf.modeling.positions import GPTNeoXRotaryEmbedding
+
+logger = logging.getLogger(__name__)
+
+
+class GPTNeoXPreTrainedModel(PreTrainedModel):
+    """What every GPT-NeoX class shares: what transformers may do with it, and how its weights start."""
+
+    config: GPTNeoXConfig
+    base_model_prefix = "gpt_neox"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - transformers wants plain lists
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GPTNeoXLayer, "attentions": GPTNeoXAttention}  # noqa: RUF012
+    # Buffers that older releases wrote; `attention.dense.bias` is none of them.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"attention\.bias$",
+        r"attention\.masked_bias$",
+        r"rotary_emb\.inv_freq$",
+    ]
+
+    def __init__(self, config: GPTNeoXConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, GPTNeoXConfig):
+            raise ValueError(
+                f"{type(self).__name__} wants a neox_hf.GPTNeoXConfig; found {type(config).__module__}."
+                f"{type(config).__name__}. Convert it: neox_hf.GPTNeoXConfig.from_dict(config.to_dict())"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            initialize_matrix(module, self.config)
+        else:
+            super()._init_weights(module)  # norms to one and zero; rotary buffers
+
+
+class GPTNeoXModel(GPTNeoXPreTrainedModel):
+    """Token ids [B, S] to hidden states [B, S, H]."""
+
+    def __init__(self, config: GPTNeoXConfig) -> None:
+        super().__init__(config)
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.emb_dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList([GPTNeoXLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.final_layer_norm = GPTNeoXLayerNorm(config)
+        self.rotary_emb = GPTNeoXRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        logger.info(describe_choice(OPS, config.kernels))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_in
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_in = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack.
+
+        input_ids int64 [B, S], or inputs_embeds [B, S, H] in their place. attention_mask [B, S], 0 for padding.
+        position_ids int64 [B, S]: where they restart, without an attention_mask and without a cache, documents are
+        packed and do not see each other. use_cache makes a cache where past_key_values brings none.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds were given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            found = "neither" if input_ids is None else "both"
+            raise ValueError(f"GPTNeoXModel wants one of input_ids and inputs_embeds; found {found}")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_in(input_ids)
+
+        # From what the caller gave: a cache made below is empty and changes no mask.
+        mask = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        kwargs |= flash_documents(self.config, attention_mask, position_ids, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = self.emb_dropout(inputs_embeds)
+        position_embeddings = self.rotary_emb(
+            hidden_states, positions_or_default(position_ids, inputs_embeds, past_key_values)
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                layer_past=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def positions_or_default(position_ids: Tensor | None, inputs_embeds: Tensor, past_key_values: Cache | None) -> Tensor:
+    """The caller's positions, or [1, S] counting on from what the cache has seen."""
+    if position_ids is not None:
+        return position_ids
+    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
