@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from neox_hf.config.annotations import choices, describe, fits, is_union
 from neox_hf.config.document import Document, Path, dotted
 from neox_hf.config.problems import Problem, nearest, report
+from neox_hf.errors import RecipeError
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ def schema_keys(schema: type, path: Path = ()) -> Iterator[Path]:
 
 
 class _Builder:
-    """Converts from the root down and collects problems; after the first one the instances no longer matter."""
+    """Converts from the root down and collects problems; with the first one the result no longer matters."""
 
     def __init__(self, root: type, refused: Mapping[str, str]) -> None:
         self.known = list(schema_keys(root))
@@ -45,6 +46,7 @@ class _Builder:
     def instance_of(self, schema: type, values: Any, path: Path) -> Any:
         if not isinstance(values, dict):
             return self.problem(path, values, "wants a mapping of keys to values")
+        before = len(self.problems)
         annotations = typing.get_type_hints(schema)
         fields = {field.name: field for field in dataclasses.fields(schema) if field.init}
         given = {}
@@ -57,7 +59,12 @@ class _Builder:
             has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
             if name not in values and not has_default:
                 self.problem(path, values, f"the key {name} is missing")
-        return None if self.problems else schema(**given)
+        if len(self.problems) > before:
+            return None
+        try:
+            return schema(**given)
+        except RecipeError as error:  # the schema's own __post_init__ found values that do not go together
+            return self.problem(path, values, str(error))
 
     def value_of(self, annotation: Any, value: Any, path: Path) -> Any:
         if is_union(annotation) and value is not None:

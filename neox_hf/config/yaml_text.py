@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either version of YAML would read as something else than a string."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's signature)
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 

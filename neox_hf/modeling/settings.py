@@ -18,6 +18,7 @@ OF_THE_RECIPE = ("name", "pretrained", "revision")
 NEED_NO_NEW_WEIGHTS = ("hidden_dropout", "attention_dropout", "attn_implementation", "kernels")
 """Fields that may be changed on released weights: none of them alters a shape or what the weights compute."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """A size by name, or released weights, or fields of the configuration; fields change a named size.

@@ -1,0 +1,72 @@
+"""The command line that every recipe script shares, and how a script ends when the user has made a mistake."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from neox_hf.config.overrides import is_override
+from neox_hf.errors import CheckpointError, DataError, DivergenceError, RecipeError, TopologyError
+
+USAGE = "%(prog)s --config A.yaml [B.yaml ...] [-d DIR] [--dry-run] [section.key=value ...]"
+
+SAME_ON_EVERY_RANK = (RecipeError, TopologyError, DivergenceError)
+"""Errors that all ranks meet alike, so that one of them may speak for all."""
+
+USER_ERRORS = (*SAME_ON_EVERY_RANK, DataError, CheckpointError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a command line asks for; `load_recipe` takes the first three."""
+
+    paths: tuple[str, ...]
+    directory: str | None
+    overrides: tuple[str, ...]
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit, once on every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}\nusage: {USAGE % {'prog': self.prog}}")
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> Command:
+    """Read `sys.argv[1:]`, or `argv`. Whatever looks like `section.key=value` is an override, wherever it stands.
+
+    Raises:
+        RecipeError: an unknown option, no file, or an argument that is neither.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    overrides = tuple(text for text in arguments if is_override(text))
+    parser = _Parser(usage=USAGE, allow_abbrev=False)
+    parser.add_argument("--config", nargs="+", action="extend", required=True, help="YAML files; later ones win")
+    parser.add_argument("-d", "--directory", help="folder that the files are relative to")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, print what it comes to, and stop")
+    options = parser.parse_args([text for text in arguments if not is_override(text)])
+    return Command(
+        paths=tuple(options.config), directory=options.directory, overrides=overrides, dry_run=options.dry_run
+    )
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """As a decorator or `with`: a user's mistake ends the process with its exit code and a message, no traceback.
+
+    Where every rank meets the same error, only rank 0 speaks. A data or checkpoint error may be one rank's alone,
+    so each rank that meets it says so under its number.
+    """
+    try:
+        yield
+    except USER_ERRORS as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, SAME_ON_EVERY_RANK):
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,242 @@
+"""What the values of a recipe must satisfy together. Each check yields the problems that it finds."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.activations import ACT2FN
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from neox_hf.checkpoint.settings import HubSettings
+from neox_hf.config import Problem, nearest
+from neox_hf.data.settings import DataSettings, SourceSettings, TokenizerSettings
+from neox_hf.modeling.initialization import INIT_METHODS
+from neox_hf.modeling.presets import PRESETS
+from neox_hf.modeling.settings import NEED_NO_NEW_WEIGHTS, ModelSettings
+from neox_hf.parallel.settings import ParallelSettings
+
+NOT_YET = "is not available yet; this release trains with data parallelism"
+
+NEOX_SCHEDULE_KEYS = ("lr_warmup_fraction", "lr_decay_steps", "min_lr")
+HF_SCHEDULE_KEYS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+
+
+def changed(settings: Any, key: str) -> bool:
+    """Whether a value differs from its default. That it was written says nothing: a resolved recipe writes all."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == key)
+    return getattr(settings, key) != field.default
+
+
+def did_you_mean(name: str, names: Any) -> str:
+    close = nearest(name, names)
+    return f"; did you mean {close}?" if close else f"; known are {', '.join(sorted(names))}"
+
+
+def model_problems(model: ModelSettings, data: DataSettings, tokenizer: TokenizerSettings) -> Iterator[Problem]:
+    yield from _model_origin_problems(model)
+    yield from _model_backend_problems(model)
+    if model.pretrained is not None or (model.name is not None and model.name not in PRESETS):
+        return
+    named = PRESETS[model.name] if model.name else {}
+
+    def effective(key: str, default: Any = None) -> Any:
+        value = getattr(model, key)
+        return value if value is not None else named.get(key, default)
+
+    yield from _shape_problems(
+        effective("hidden_size"), effective("num_attention_heads"), effective("rotary_pct", 0.25)
+    )
+    positions = effective("max_position_embeddings", data.seq_length)
+    if data.seq_length > positions:
+        message = f"is longer than model.max_position_embeddings = {positions}; shorten the samples or raise that"
+        yield Problem(("data", "seq_length"), data.seq_length, message)
+    vocabulary, tokens = effective("vocab_size"), tokenizer.vocab_size
+    if vocabulary is not None and tokens is not None and tokens > vocabulary:
+        message = f"is more than model.vocab_size = {vocabulary}; make the tokenizer smaller or that larger"
+        yield Problem(("tokenizer", "vocab_size"), tokens, message)
+
+
+def _model_origin_problems(model: ModelSettings) -> Iterator[Problem]:
+    if model.name is not None and model.pretrained is not None:
+        message = f"excludes model.name = {model.name}: weights are either released or fresh; keep one of the two"
+        yield Problem(("model", "pretrained"), model.pretrained, message)
+    elif model.name is not None and model.name not in PRESETS:
+        yield Problem(("model", "name"), model.name, "is unknown" + did_you_mean(model.name, PRESETS))
+    elif model.pretrained is not None:
+        for key, value in model.config_fields().items():
+            if key not in NEED_NO_NEW_WEIGHTS:
+                message = f"is fixed by the released weights of model.pretrained = {model.pretrained}; remove it"
+                yield Problem(("model", key), value, message)
+    elif model.name is None:
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+            if getattr(model, key) is None:
+                message = "is needed when neither model.name nor model.pretrained says which model to train"
+                yield Problem(("model", key), None, message)
+    if model.revision is not None and model.pretrained is None:
+        yield Problem(("model", "revision"), model.revision, "is the revision of model.pretrained, which is not set")
+
+
+def _model_backend_problems(model: ModelSettings) -> Iterator[Problem]:
+    tables = {"hidden_act": ACT2FN, "init_method": INIT_METHODS, "output_layer_init_method": INIT_METHODS}
+    for key, table in tables.items():
+        value = getattr(model, key)
+        if value is not None and value not in table:
+            yield Problem(("model", key), value, "is unknown" + did_you_mean(value, table.keys()))
+    attention = model.attn_implementation
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # A name with a slash is a kernel repository on the Hub, which transformers fetches.
+    if attention is not None and "/" not in attention and attention not in known:
+        message = "is unknown" + did_you_mean(attention, known)
+        yield Problem(("model", "attn_implementation"), attention, message)
+
+
+def _shape_problems(hidden: int | None, heads: int | None, rotary_pct: float) -> Iterator[Problem]:
+    if hidden is None or heads is None or hidden < 1 or heads < 1:
+        return
+    if hidden % heads:
+        message = f"does not divide model.hidden_size = {hidden}; every head has the same number of columns"
+        yield Problem(("model", "num_attention_heads"), heads, message)
+    elif int(hidden // heads * rotary_pct) % 2 or int(hidden // heads * rotary_pct) < 2:
+        rotated = int(hidden // heads * rotary_pct)
+        message = f"rotates {rotated} of the {hidden // heads} columns of a head; choose an even number, at least 2"
+        yield Problem(("model", "rotary_pct"), rotary_pct, message)
+
+
+def tokenizer_problems(tokenizer: TokenizerSettings) -> Iterator[Problem]:
+    wanted = {"pretrained": ("path",), "trained": ("vocab_size",)}.get(tokenizer.kind, ())
+    examples = {"path": "a folder, a tokenizer.json or a Hub id", "vocab_size": "the number of tokens to learn"}
+    for key, example in examples.items():
+        value = getattr(tokenizer, key)
+        if key in wanted and value is None:
+            yield Problem(("tokenizer", key), None, f"is needed by kind = {tokenizer.kind}: {example}")
+        if key not in wanted and value is not None:
+            yield Problem(("tokenizer", key), value, f"means nothing to kind = {tokenizer.kind}; remove it")
+    if tokenizer.revision is not None and tokenizer.kind != "pretrained":
+        message = f"means nothing to kind = {tokenizer.kind}; remove it"
+        yield Problem(("tokenizer", "revision"), tokenizer.revision, message)
+
+
+def data_problems(data: DataSettings, evaluates: bool) -> Iterator[Problem]:
+    if not data.sources:
+        yield Problem(("data", "sources"), [], "is empty; name at least one, for example [{path: stdlib}]")
+    for section in ("sources", "eval_sources"):
+        for position, source in enumerate(getattr(data, section)):
+            yield from _source_problems(source, ("data", section, position))
+    if evaluates and not data.eval_sources and data.eval_fraction == 0:
+        message = "leaves nothing for train.eval_strategy; hold some documents out or name data.eval_sources"
+        yield Problem(("data", "eval_fraction"), data.eval_fraction, message)
+
+
+def _source_problems(source: SourceSettings, path: tuple[str | int, ...]) -> Iterator[Problem]:
+    of_hub = source.path.startswith("hub:")
+    if not source.path or (of_hub and not re.fullmatch(r"hub:[\w.-]+(/[\w.-]+)?", source.path)):
+        message = "wants stdlib, a file, a folder, a glob, or a Hub dataset as hub:owner/name"
+        yield Problem((*path, "path"), source.path, message)
+    if source.weight <= 0:
+        yield Problem((*path, "weight"), source.weight, "must be above 0")
+    if not of_hub:
+        for key in ("split", "name", "revision"):
+            if changed(source, key):
+                message = "belongs to Hub datasets alone (path hub:owner/name); remove it"
+                yield Problem((*path, key), getattr(source, key), message)
+
+
+def parallel_problems(parallel: ParallelSettings) -> Iterator[Problem]:
+    if parallel.tensor > 1:
+        yield Problem(("parallel", "tensor"), parallel.tensor, f"tensor parallelism {NOT_YET}")
+    if parallel.pipeline > 1:
+        yield Problem(("parallel", "pipeline"), parallel.pipeline, f"pipeline parallelism {NOT_YET}")
+    if parallel.sequence:
+        yield Problem(("parallel", "sequence"), parallel.sequence, f"sequence parallelism {NOT_YET}")
+    if parallel.zero_stage in (1, 2, 3):
+        yield Problem(("parallel", "zero_stage"), parallel.zero_stage, f"ZeRO {NOT_YET}")
+
+
+def train_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
+    yield from _batch_problems(train, data)
+    yield from _schedule_problems(train)
+    yield from _strategy_problems(train)
+    yield from _best_model_problems(train)
+    known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    for name in [train.report_to] if isinstance(train.report_to, str) else train.report_to or []:
+        if name not in known:
+            message = f"{name} is unknown" + did_you_mean(name, known)
+            yield Problem(("train", "report_to"), train.report_to, message)
+
+
+def _batch_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
+    micro, accumulation, total = (
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        train.global_batch_size,
+    )
+    if total is None or micro < 1:
+        return
+    if total % micro:
+        message = f"is no multiple of train.per_device_train_batch_size = {micro}"
+        yield Problem(("train", "global_batch_size"), total, message)
+    elif accumulation > 1 and total % (micro * accumulation):
+        message = (
+            f"is no multiple of per_device_train_batch_size x gradient_accumulation_steps = {micro * accumulation}; "
+            "leave the accumulation out, it follows from the world"
+        )
+        yield Problem(("train", "global_batch_size"), total, message)
+
+
+def _schedule_problems(train: Any) -> Iterator[Problem]:
+    if train.lr_decay_style is None:
+        for key in NEOX_SCHEDULE_KEYS:
+            if changed(train, key):
+                message = "belongs to GPT-NeoX's schedules; set train.lr_decay_style, or use lr_scheduler_kwargs"
+                yield Problem(("train", key), getattr(train, key), message)
+        return
+    for key in HF_SCHEDULE_KEYS:
+        if changed(train, key):
+            message = (
+                f"excludes train.lr_decay_style = {train.lr_decay_style}, whose warm-up is lr_warmup_fraction; "
+                "keep one of the two schedules"
+            )
+            yield Problem(("train", key), getattr(train, key), message)
+    if train.min_lr > train.learning_rate:
+        yield Problem(("train", "min_lr"), train.min_lr, f"is above train.learning_rate = {train.learning_rate}")
+
+
+def _strategy_problems(train: Any) -> Iterator[Problem]:
+    for key in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if getattr(train, key) == "epoch":
+            yield Problem(("train", key), "epoch", "streams are endless and have no epochs; use steps")
+    for key in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = getattr(train, key)
+        if value is not None and value > 1 and value != int(value):
+            yield Problem(("train", key), value, "must be a whole number of steps, or a share of the run below 1")
+    if isinstance(train.save_schedule, list) and any(step < 0 for step in train.save_schedule):
+        yield Problem(("train", "save_schedule"), train.save_schedule, "steps must be at least 0")
+    if train.save_schedule != "every" and changed(train, "save_strategy"):
+        message = "excludes another train.save_schedule than every; keep one of the two"
+        yield Problem(("train", "save_strategy"), train.save_strategy, message)
+    if train.eval_strategy == "no" and train.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        yield Problem(
+            ("train", "lr_scheduler_type"),
+            train.lr_scheduler_type,
+            "follows the evaluation loss; set train.eval_strategy",
+        )
+
+
+def _best_model_problems(train: Any) -> Iterator[Problem]:
+    if not train.load_best_model_at_end or train.save_strategy == "best":
+        return
+    eval_steps = train.eval_steps or train.logging_steps
+    where = ("train", "load_best_model_at_end")
+    if train.eval_strategy != "steps" or train.save_schedule != "every" or train.save_strategy != "steps":
+        yield Problem(where, True, "needs eval_strategy: steps with save_schedule: every, or save_strategy: best")
+    elif train.save_steps % eval_steps:
+        message = f"needs save_steps = {train.save_steps:g} to be a multiple of eval_steps = {eval_steps:g}"
+        yield Problem(where, True, message)
+
+
+def hub_problems(hub: HubSettings) -> Iterator[Problem]:
+    """The rest is checked by `HubSettings` itself."""
+    if hub.require_push and not hub.push:
+        yield Problem(("hub", "require_push"), True, "does nothing while hub.push is false")
