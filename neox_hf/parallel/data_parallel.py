@@ -67,7 +67,7 @@ class DataParallel(nn.Module):
         finally:
             self._synchronise = before
 
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - the views are the gradients' home
+    def zero_grad(self, set_to_none: bool = True) -> None:
         for bucket in self._buckets:
             bucket.flat.zero_()
             bucket.missing = len(bucket.views)

@@ -5,6 +5,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from neox_hf.training.precision import Precision, default_precision, precision_of
+
 
 @dataclass
 class NeoXTrainingArguments(TrainingArguments):
@@ -42,3 +44,14 @@ class NeoXTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str | bool = "no"
     average_tokens_across_devices: bool = True
     remove_unused_columns: bool | None = False
+
+    def __post_init__(self) -> None:
+        if self.precision == "auto":
+            self.precision = default_precision()
+        self.bf16 = precision_of(self.precision).autocast
+        super().__post_init__()
+
+    @property
+    def numeric(self) -> Precision:
+        """What `precision` means for weights, arithmetic and the optimizer."""
+        return precision_of(self.precision)

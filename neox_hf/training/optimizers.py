@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from neox_hf.errors import RecipeError
+from neox_hf.training.arguments import NeoXTrainingArguments
+
 
 class MasterAdamW(torch.optim.Optimizer):
     """Decoupled-weight-decay Adam whose arithmetic, master weights and moments are fp32.
@@ -27,9 +30,7 @@ class MasterAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         fused: bool = True,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused}
-        )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -74,3 +75,26 @@ class MasterAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(state["master"])
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return state
+
+
+def optimizer_class(
+    args: NeoXTrainingArguments, stock: tuple[type[torch.optim.Optimizer], dict[str, Any]]
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer that `train.optim` and `train.precision` name together.
+
+    Args:
+        stock: HF's class and keyword arguments for `train.optim`.
+
+    Raises:
+        RecipeError: the precision keeps fp32 master weights, and this optimizer cannot.
+    """
+    if not args.numeric.master:
+        return stock
+    cls, kwargs = stock
+    if cls is not torch.optim.AdamW:
+        raise RecipeError(
+            f"train.optim={str(args.optim.value)!r} has no fp32 master weights, which train.precision={args.precision!r} keeps; "
+            "use adamw_torch_fused or adamw_torch, or train.precision=amp"
+        )
+    kept = {name: kwargs[name] for name in ("lr", "betas", "eps") if name in kwargs}
+    return MasterAdamW, {**kept, "fused": bool(kwargs.get("fused"))}

@@ -1,0 +1,43 @@
+"""What `train.precision` means: the dtype of weights, of arithmetic, and of what the optimizer keeps."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One row of the table below.
+
+    weights: dtype of parameters and activations, and of the weights on disk.
+    autocast: run matrix products in bf16 over fp32 weights (HF's `bf16=True`).
+    master: keep fp32 master weights, moments and gradients beside low-precision weights.
+    """
+
+    weights: torch.dtype
+    autocast: bool = False
+    master: bool = False
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "amp": Precision(torch.float32, autocast=True),
+    "bf16": Precision(torch.bfloat16, master=True),
+}
+
+
+def default_precision() -> str:
+    """What `auto` stands for on this host: `bf16` with CUDA, else `fp32`."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def precision_of(name: str) -> Precision:
+    """The row called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return PRECISIONS[name]
+    except KeyError:
+        raise ValueError(f"train.precision={name!r} is unknown; choose one of {sorted(PRECISIONS)}") from None

@@ -1,0 +1,100 @@
+"""The main job: what `recipes/pretrain.py` runs once its recipe has been read."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from neox_hf.checkpoint import OutputLock
+from neox_hf.checkpoint.directory import finished_checkpoints
+from neox_hf.checkpoint.hub import HubPublisher
+from neox_hf.data import TokenStream, build_tokenizer, evaluation_batches
+from neox_hf.errors import CheckpointError
+from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
+from neox_hf.modeling.settings import ModelSettings, model_config
+from neox_hf.parallel.collectives import first_rank_first, from_first_rank
+from neox_hf.parallel.topology import Topology
+from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.provenance import run_documents
+from neox_hf.training.recipe import Recipe
+from neox_hf.training.report import finish_run
+from neox_hf.training.trainer import NeoXTrainer
+
+logger = logging.getLogger(__name__)
+
+STOPPED_BY_SIGNAL = 143
+
+
+def pretrain(recipe: Recipe) -> int:
+    """Train what `recipe` describes and publish it. Returns the exit code: 0, 143 after a stop signal, 1 if a push
+    that the recipe requires is still pending.
+
+    Raises:
+        RecipeError, TopologyError, DataError, CheckpointError, DivergenceError: see `neox_hf.errors`.
+    """
+    args = recipe.training_arguments()
+    topology = Topology.from_world(args.world_size, args.process_index)
+    with ExitStack() as held:
+        _take_output_dir(args, topology, held)
+        trainer = build_trainer(recipe, args, topology)
+        trainer.train(args.resume_from_checkpoint)
+        if trainer.stop_signal:
+            logger.warning("stopped by signal %d after saving step %d", trainer.stop_signal, trainer.state.global_step)
+            return STOPPED_BY_SIGNAL
+        return finish_run(trainer, recipe)
+
+
+def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topology) -> NeoXTrainer:
+    """Tokenizer, model, streams and trainer of one rank, in the order in which they need each other."""
+    output_dir = Path(args.output_dir)
+    tokenizer = first_rank_first(
+        topology, lambda: build_tokenizer(recipe.tokenizer, recipe.data, output_dir / "tokenizer")
+    )
+    set_seed(args.seed)
+    model = build_model(recipe.model, tokenizer, recipe.data.seq_length, args.device)
+    place = {"data_rank": topology.data_rank, "data_size": topology.data, "vocab_size": model.config.vocab_size}
+    documents = run_documents(recipe.resolved())
+    if topology.rank == 0:
+        for name, text in documents.items():
+            (output_dir / name).write_text(text, encoding="utf-8")
+    return NeoXTrainer(
+        model,
+        args,
+        topology=topology,
+        train_dataset=TokenStream(recipe.data, tokenizer, split="train", **place),
+        eval_dataset=evaluation_batches(recipe.data, tokenizer, batch_size=args.per_device_eval_batch_size, **place),
+        processing_class=tokenizer,
+        workers=recipe.data.workers,
+        publisher=HubPublisher(recipe.hub, output_dir) if recipe.hub.push and topology.rank == 0 else None,
+        documents=documents,
+    )
+
+
+def build_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seq_length: int, device: torch.device
+) -> GPTNeoXForCausalLM:
+    """Fresh weights, drawn on `device`, or released ones."""
+    if settings.pretrained is not None:
+        return GPTNeoXForCausalLM.from_pretrained(
+            settings.pretrained, revision=settings.revision or "main", dtype=torch.float32, **settings.config_fields()
+        )
+    with torch.device(device):
+        return GPTNeoXForCausalLM(model_config(settings, tokens=len(tokenizer), seq_length=seq_length))
+
+
+def _take_output_dir(args: NeoXTrainingArguments, topology: Topology, held: ExitStack) -> None:
+    """Lock the output directory for this run, on rank 0; every rank raises if it is taken or would be overwritten."""
+    lock = OutputLock(args.output_dir)
+
+    def take() -> None:
+        held.callback(lock.acquire().release)
+        earlier = finished_checkpoints(Path(args.output_dir))
+        if earlier and not args.resume_from_checkpoint:
+            raise CheckpointError(
+                f"{args.output_dir} already holds {earlier[0].name}; continue it with "
+                "train.resume_from_checkpoint=latest, or choose another train.output_dir"
+            )
+
+    from_first_rank(topology, take)

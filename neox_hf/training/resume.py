@@ -1,0 +1,42 @@
+"""Which checkpoint a run starts from, decided and verified once for all ranks."""
+
+import logging
+from pathlib import Path
+
+from neox_hf.checkpoint import Checkpoint, Manifest, find_latest, open_checkpoint, verify_checkpoint
+from neox_hf.parallel.collectives import from_first_rank
+from neox_hf.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+
+
+def checkpoint_to_resume(request: str | bool | None, output_dir: Path, topology: Topology) -> Checkpoint | None:
+    """The verified checkpoint that `request` stands for; None to start afresh.
+
+    Args:
+        request: `latest` or True for the newest whole checkpoint of `output_dir`, a directory, or None or False.
+
+    Raises:
+        CheckpointError: on every rank, when the named checkpoint is missing or damaged.
+    """
+    found = from_first_rank(topology, lambda: _decide(request, output_dir))
+    return None if found is None else open_checkpoint(found[0], verified=found[1])
+
+
+def _decide(request: str | bool | None, output_dir: Path) -> tuple[Path, Manifest] | None:
+    if not request:
+        return None
+    if request in (True, LATEST):
+        return _newest(output_dir)
+    return Path(request), verify_checkpoint(request)
+
+
+def _newest(output_dir: Path) -> tuple[Path, Manifest] | None:
+    found = find_latest(output_dir)
+    if found.path is None:
+        logger.warning("no valid checkpoint in %s: starting from the beginning", output_dir)
+        return None
+    logger.warning("resuming from %s", found.path)
+    return found.path, found.manifest

@@ -1,0 +1,143 @@
+"""What of a running trainer goes into a checkpoint, and how it comes back.
+
+Weights and optimizer are boxes of HF tensors; everything else is JSON or, for random states, plain tensors:
+
+    state/optimizer-<slot>-*.safetensors   master weights and moments
+    state/data.json                        position of every stream, counted in samples
+    state/scheduler.json, state/rng-*      learning-rate schedule; one random state per rank
+    trainer_state.json                     HF's own, with its log history
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from transformers.trainer_callback import ExportableState
+
+from neox_hf.checkpoint import Checkpoint, CheckpointWriter, prune, restore_rng, rng_state, write_optimizer, write_rng
+from neox_hf.data import merge_states
+from neox_hf.training.save_schedule import is_protected
+
+if TYPE_CHECKING:
+    from neox_hf.training.trainer import NeoXTrainer
+
+DATA = "state/data.json"
+SCHEDULER = "state/scheduler.json"
+TRAINER_STATE = "trainer_state.json"
+
+
+class RunState:
+    """Saves and restores one trainer.
+
+    Args:
+        documents: text files that go into every checkpoint, by relative path.
+    """
+
+    def __init__(self, trainer: "NeoXTrainer", documents: dict[str, str]) -> None:
+        self.trainer = trainer
+        self.documents = documents
+
+    def save(self) -> Path:
+        """Write `checkpoint-N` of the current step, rotate older ones, and return its path. Every rank calls it."""
+        trainer, topology = self.trainer, self.trainer.topology
+        writer = CheckpointWriter(
+            trainer.args.output_dir,
+            trainer.state.global_step,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            barrier=_barrier(topology.world_size),
+        )
+        data = self._gather_data_state()
+        writer.write_weights(trainer.model, trainer.processing_class)
+        if topology.rank == 0:
+            self._write_documents(writer, data)
+        if not trainer.args.save_only_model:
+            if topology.rank == 0:
+                write_optimizer(writer, trainer.engine.boxes())
+            write_rng(writer, rng_state())
+        path = writer.commit(self._facts())
+        if topology.rank == 0:
+            self._rotate()
+        return path
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Give optimizer, schedule and stream what `save` wrote. Nothing changes unless the stream is this run's."""
+        trainer = self.trainer
+        if trainer.loader is not None:
+            trainer.loader.load_state_dict(checkpoint.json(DATA))
+        trainer.engine.load_boxes(checkpoint)
+        trainer.lr_scheduler.load_state_dict(checkpoint.json(SCHEDULER))
+
+    def load_rng(self, checkpoint: Checkpoint) -> None:
+        """Give this rank its random states back, last before the first step."""
+        restore_rng(checkpoint, self.trainer.topology.rank, self.trainer.topology.world_size)
+
+    def _write_documents(self, writer: CheckpointWriter, data: dict[str, Any] | None) -> None:
+        trainer = self.trainer
+        if data is not None:
+            writer.write_json(DATA, data)
+        if trainer.lr_scheduler is not None:
+            writer.write_json(SCHEDULER, trainer.lr_scheduler.state_dict())
+        self._note_best()
+        self._note_callbacks()
+        writer.write_json(TRAINER_STATE, dataclasses.asdict(trainer.state))
+        for relative_path, text in self.documents.items():
+            writer.write_bytes(relative_path, text.encode())
+
+    def _gather_data_state(self) -> dict[str, Any] | None:
+        """The position of all streams, on rank 0. Tensor and pipeline peers read the same streams: one of them tells."""
+        trainer = self.trainer
+        if trainer.loader is None:
+            return None
+        mine = trainer.loader.state_dict()
+        if trainer.topology.world_size == 1:
+            return merge_states([mine])
+        states: list[Any] = [None] * trainer.topology.world_size
+        dist.all_gather_object(states, mine)
+        return merge_states(states) if trainer.topology.rank == 0 else None
+
+    def _note_best(self) -> None:
+        """HF decides which step was best; its checkpoint's path is known only where checkpoints are made."""
+        state = self.trainer.state
+        if state.best_global_step:
+            best = Path(self.trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
+            if best.exists() or state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(best)
+
+    def _note_callbacks(self) -> None:
+        trainer = self.trainer
+        exportable = [*trainer.callback_handler.callbacks, trainer.control]
+        states: dict[str, Any] = {}
+        for callback in (one for one in exportable if isinstance(one, ExportableState)):
+            name = type(callback).__name__
+            if name in states:
+                states[name] = [*(states[name] if isinstance(states[name], list) else [states[name]]), callback.state()]
+            else:
+                states[name] = callback.state()
+        trainer.state.stateful_callbacks = states
+
+    def _facts(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "consumed_tokens": trainer.state.num_input_tokens_seen,
+            "precision": trainer.args.precision,
+            "pipeline": trainer.topology.pipeline,
+            "data": trainer.topology.data,
+            "tensor": trainer.topology.tensor,
+        }
+
+    def _rotate(self) -> None:
+        args, best = self.trainer.args, self.trainer.state.best_model_checkpoint
+        if args.save_total_limit:
+            prune(
+                Path(args.output_dir),
+                args.save_total_limit,
+                lambda step: is_protected(step, args.save_schedule),
+                Path(best) if best else None,
+            )
+
+
+def _barrier(world_size: int) -> Callable[[], None]:
+    return dist.barrier if world_size > 1 else lambda: None

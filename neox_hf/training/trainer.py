@@ -1,0 +1,268 @@
+"""`NeoXTrainer`: HF's Trainer over exact streams, an engine, and checkpoints that verify.
+
+The loop is HF's. What is overridden are its hooks: where batches come from, who runs a step, what a checkpoint is,
+when to stop, and what is logged.
+"""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from neox_hf.checkpoint import Checkpoint, open_checkpoint, write_final
+from neox_hf.checkpoint.hub import HubPublisher
+from neox_hf.data import StreamLoader, TokenStream
+from neox_hf.modeling.accounting import flops_per_token
+from neox_hf.parallel.topology import Topology
+from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.divergence import GradientGuard
+from neox_hf.training.engine import NativeEngine
+from neox_hf.training.optimizers import optimizer_class
+from neox_hf.training.resume import checkpoint_to_resume
+from neox_hf.training.run_state import RunState
+from neox_hf.training.save_schedule import SaveSchedule, is_scheduled
+from neox_hf.training.schedules import learning_rate
+from neox_hf.training.signals import StopRequest
+from neox_hf.training.throughput import Throughput, sustained_matmul_tflops
+
+
+class NeoXTrainer(Trainer):
+    """Trains a GPT-NeoX model.
+
+    Args:
+        model: a causal language model, ours or stock; it is cast to the precision's weight dtype.
+        args: see `NeoXTrainingArguments`.
+        topology: where this process stands; by default all of the world is data parallel.
+        train_dataset: a `TokenStream` (endless, exact, resumable), or anything HF's Trainer takes.
+        eval_dataset: batches from `neox_hf.data.evaluation_batches`, or anything HF's Trainer takes.
+        workers: loader processes of each rank, for a `TokenStream`.
+        publisher: pushes checkpoints to a Hub; given on rank 0 only.
+        documents: files to write into every checkpoint, by relative path (the resolved recipe, versions).
+        others: everything else HF's Trainer takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: NeoXTrainingArguments,
+        *,
+        topology: Topology | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        workers: int = 0,
+        publisher: HubPublisher | None = None,
+        documents: dict[str, str] | None = None,
+        **others: Any,
+    ) -> None:
+        # A stream's position is restored; any other data set is fast-forwarded by HF.
+        args.ignore_data_skip = isinstance(train_dataset, TokenStream)
+        self.topology = topology or Topology.from_world(args.world_size, args.process_index)
+        self.workers = workers
+        self.publisher = publisher
+        self.loader: StreamLoader | None = None
+        self.resumed: Checkpoint | None = None
+        self.stop: StopRequest | None = None
+        super().__init__(
+            model=model.to(args.numeric.weights),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **others,
+        )
+        self.engine = NativeEngine(self, args.numeric, self.topology)
+        self.guard = GradientGuard(args.nan_policy, args.max_skipped_steps)
+        self.run_state = RunState(self, documents or {})
+        self.add_callback(SaveSchedule(args.save_schedule))
+        self.add_callback(_StepWatch(self))
+
+    # Data
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, TokenStream):
+            return super().get_train_dataloader()
+        if self.loader is not None:
+            self.loader.close()
+        self.loader = StreamLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            workers=self.workers,
+            pin_memory=self.args.device.type == "cuda",
+        )
+        return self.loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None):
+        batches = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(batches, EvaluationBatches):
+            return batches
+        return super().get_eval_dataloader(eval_dataset)
+
+    def num_examples(self, dataloader: Any) -> int:
+        if isinstance(dataloader, EvaluationBatches):
+            return dataloader.samples
+        return super().num_examples(dataloader)
+
+    def get_total_train_batch_size(self, args: NeoXTrainingArguments) -> int:
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.topology.data
+
+    # One step
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        return self.engine.prepare(wrapped) if training else wrapped
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        tokens = inputs["input_ids"].numel()
+        self.state.num_input_tokens_seen += tokens * self.topology.data
+        self.throughput.count(tokens)
+        return self.engine.step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.guard.must_skip(self.state.global_step + 1, norm):
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: NeoXTrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        stock = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_class(args, stock)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        args = self.args
+        if args.lr_decay_style is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        decay_steps = args.lr_decay_steps or num_training_steps
+        schedule = functools.partial(
+            learning_rate,
+            style=args.lr_decay_style,
+            peak=1.0,
+            floor=args.min_lr / args.learning_rate,
+            warmup_steps=args.lr_warmup_fraction * decay_steps,
+            decay_steps=decay_steps,
+        )
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, schedule)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Evaluation and figures
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.throughput.pause()
+        output = self.engine.evaluate(dataloader, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if (loss := output.metrics.get(f"{prefix}_loss")) is not None:
+            # Beyond exp(700) a double overflows; such a model has no perplexity worth a number.
+            output.metrics[f"{prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.throughput.read(self.topology.data))
+            logs["consumed_tokens"] = self.state.num_input_tokens_seen
+            if self.guard.skipped_steps:
+                logs["skipped_steps"] = self.guard.skipped_steps
+            if self.loader is not None and self.loader.bad_rows:
+                logs["bad_rows"] = sum(self.loader.bad_rows.values())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> float:
+        return inputs["input_ids"].numel() * self._flops_per_token
+
+    @functools.cached_property
+    def _flops_per_token(self) -> float:
+        settings = getattr(self.train_dataset, "settings", None)
+        length = settings.seq_length if settings is not None else self.model.config.max_position_embeddings
+        return flops_per_token(self.model.config, length)
+
+    @functools.cached_property
+    def throughput(self) -> Throughput:
+        """The stopwatch; measuring what 100 % MFU is takes half a second, once."""
+        args = self.args
+        dtype = torch.float32 if args.device.type == "cpu" or args.precision == "fp32" else torch.bfloat16
+        peak = args.peak_tflops or sustained_matmul_tflops(args.device, dtype)
+        return Throughput(self._flops_per_token, peak, args.device)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As HF's, and `resume_from_checkpoint="latest"` (or True): the newest checkpoint that is whole, or none.
+
+        Raises:
+            CheckpointError: the named checkpoint is missing, damaged, or of another run.
+            DataError: its stream is not this run's.
+            DivergenceError: loss or gradients stopped being finite.
+        """
+        self.resumed = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self.topology)
+        with StopRequest(self.topology.world_size) as self.stop:
+            output = super().train(str(self.resumed.path) if self.resumed else None, *args, **kwargs)
+        self.guard.settle()
+        return output
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal that ended training, or 0."""
+        return self.stop.agreed if self.stop else 0
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule):
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return prepared
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.throughput.pause()
+        self.guard.settle()
+        self.store_flos()
+        path = self.run_state.save()
+        if self.publisher is not None:
+            self.publisher.publish_step(path, self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._checkpoint_at(resume_from_checkpoint).load_weights(model or self.model)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.run_state.load(self._checkpoint_at(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.run_state.load_rng(self._checkpoint_at(checkpoint))
+
+    def _checkpoint_at(self, path: str) -> Checkpoint:
+        """The checkpoint this run resumes from, which is verified already, or another one."""
+        if self.resumed is not None and self.resumed.path == Path(path):
+            return self.resumed
+        return open_checkpoint(path)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model and its tokenizer, on rank 0, so that `from_pretrained` loads them; each file atomically."""
+        if self.args.should_save:
+            write_final(self.model, self.processing_class, Path(output_dir or self.args.output_dir), {})
+
+
+class _StepWatch(TrainerCallback):
+    """Runs the stopwatch and carries a stop request into HF's control flow."""
+
+    def __init__(self, trainer: NeoXTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs: object) -> None:
+        self.trainer.throughput.start()
+
+    def on_step_end(self, args, state, control, **kwargs: object):
+        if self.trainer.stop.agree():
+            control.should_save = True
+            control.should_training_stop = True
+        return control
