@@ -11,7 +11,8 @@ class GPTNeoXRotaryEmbedding(nn.Module):
     """cos and sin of position x inverse frequency, once per forward pass for all layers.
 
     Frequencies are base^(-2i / R), i < R/2, where R = int(head size x rotary_pct); the scaled variants
-    (`linear`, `dynamic`, `yarn`, ...) are transformers'. Both buffers can be made again from the configuration, so they are not saved.
+    (`linear`, `dynamic`, `yarn`, ...) are transformers'. Both buffers can be made again from the configuration, so they
+    are not saved.
     """
 
     def __init__(self, config: GPTNeoXConfig) -> None:
