@@ -22,8 +22,6 @@ from neox_hf.modeling import (
     register,
 )
 
-__version__ = version("neox_hf")
-
 LAZY = {
     "NeoXTrainer": "neox_hf.training.trainer",
     "NeoXTrainingArguments": "neox_hf.training.arguments",
@@ -34,6 +32,8 @@ register()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("neox_hf")  # from the installed package: setup.py is the one place that says it
     if name not in LAZY:
         raise AttributeError(f"module 'neox_hf' has no attribute {name!r}")
     return getattr(import_module(LAZY[name]), name)

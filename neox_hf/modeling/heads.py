@@ -103,7 +103,7 @@ class GPTNeoXForTokenClassification(GPTNeoXPreTrainedModel):
         input_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,  # noqa: ARG002 - pipelines pass what a tokenizer makes
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -142,7 +142,7 @@ class GPTNeoXForQuestionAnswering(GPTNeoXPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,  # noqa: ARG002 - pipelines pass what a tokenizer makes
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
