@@ -106,6 +106,11 @@ class HubServer:
         with self.lock:
             self._faults.append(Fault(pattern, times, **what))
 
+    def heal(self) -> None:
+        """Forget the faults that were not used up."""
+        with self.lock:
+            self._faults.clear()
+
     def fault_for(self, request: str) -> Fault | None:
         with self.lock:
             self.requests.append(request)

@@ -24,8 +24,6 @@ class Refused(PushFault):
     """Nothing can be pushed until the user changes something: no token, no permission, offline mode."""
 
 
-OFFLINE = "offline mode is on (HF_HUB_OFFLINE)"
-
 REFUSALS = {
     401: "the Hub does not accept the token (401): log in again with `hf auth login`, or set HF_TOKEN",
     402: "the Hub asks for payment (402): the account has no space left for this repository",
@@ -44,8 +42,6 @@ def as_fault(error: Exception) -> PushFault:
     """Sort any exception of a push. `huggingface_hub` wraps some HTTP errors, so causes are searched as well."""
     if isinstance(error, PushFault):
         return error
-    if type(error).__name__ == "OfflineModeIsEnabled":
-        return Refused(OFFLINE)
     response = next((e.response for e in _causes(error) if getattr(e, "response", None) is not None), None)
     summary = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_SUMMARY]}"
     if response is None:

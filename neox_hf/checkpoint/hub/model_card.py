@@ -46,7 +46,7 @@ class CardFacts:
     @property
     def datasets(self) -> list[str]:
         """Ids of the sources that are on the Hub."""
-        return [source.removeprefix(HUB_PREFIX) for source in self.sources if source.startswith(HUB_PREFIX)]
+        return [_source_name(source) for source in self.sources if source.startswith(HUB_PREFIX)]
 
 
 def model_card(facts: CardFacts) -> str:
@@ -68,7 +68,10 @@ def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     measured = [("loss", facts.eval_loss), ("perplexity", facts.perplexity)] if facts.perplexity is not None else []
-    dataset = {"dataset_type": (facts.datasets or ["text"])[0], "dataset_name": ", ".join(facts.sources)}
+    dataset = {
+        "dataset_type": (facts.datasets or ["text"])[0],
+        "dataset_name": ", ".join(map(_source_name, facts.sources)),
+    }
     results = [
         EvalResult(
             task_type="text-generation",
@@ -115,7 +118,7 @@ def _loading(facts: CardFacts) -> str:
 
 
 def _data(facts: CardFacts) -> str:
-    return _section("Data", "\n".join(f"- `{source}`" for source in facts.sources))
+    return _section("Data", "\n".join(f"- `{_source_name(source)}`" for source in facts.sources))
 
 
 def _evaluation(facts: CardFacts) -> str:
@@ -123,6 +126,10 @@ def _evaluation(facts: CardFacts) -> str:
     table = _table(("on held-out samples", ""), {name: f"{v:.4f}" for name, v in results.items() if v is not None})
     picture = f"![training and evaluation loss]({facts.loss_curve})" if facts.loss_curve else ""
     return _section("Evaluation", "\n\n".join(part for part in (table, picture) if part))
+
+
+def _source_name(source: str) -> str:
+    return source.removeprefix(HUB_PREFIX)
 
 
 def _section(title: str, body: str) -> str:

@@ -8,6 +8,7 @@ An entry is complete when its folder has its name; it is removed when it has bee
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from neox_hf.errors import CheckpointError
 
 FOLDER = ".hub-queue"
 LEDGER = "ledger.json"
+NAME = re.compile(r"(\d+)-(.+)")  # order, revision
 ADDING, REMOVING = "adding-", "removing-"
 
 
@@ -101,14 +103,14 @@ class PushQueue:
         """Everything queued, oldest first. Of a revision queued twice only the newer counts."""
         if not self.path.is_dir():
             return []
-        found = sorted((Entry(p) for p in self.path.iterdir() if p.name[:1].isdigit()), key=lambda entry: entry.order)
+        found = sorted((Entry(p) for p in self.path.iterdir() if NAME.fullmatch(p.name)), key=lambda entry: entry.order)
         newest = {entry.revision: entry for entry in found}
         return [entry for entry in found if newest[entry.revision] is entry]
 
     def remove(self, entry: Entry) -> None:
         """Drop `entry` and older entries of its revision. Renamed first, so that a half-deleted one is never seen."""
         for path in list(self.path.glob(f"*-{entry.revision}")):
-            if path.name[:1].isdigit() and Entry(path).order <= entry.order:
+            if NAME.fullmatch(path.name) and Entry(path).order <= entry.order:
                 path.rename(self.path / (REMOVING + path.name))
         self._clear(REMOVING)
 
@@ -117,8 +119,12 @@ class PushQueue:
         """Held during one push, so that two processes never push the same entry. Waits for its turn."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a crash
-            yield
+            fcntl.flock(file, fcntl.LOCK_EX)  # a crash releases it
+            try:
+                yield
+            finally:
+                # Closing is not enough: a data loader worker forked meanwhile keeps the file open and so the lock held.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def _clear(self, prefix: str) -> None:
         """Delete what an interrupted `add` or `remove` left behind."""

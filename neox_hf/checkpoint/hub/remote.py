@@ -13,7 +13,7 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._http import default_client_factory
 
 from neox_hf.checkpoint.hub.allow_list import check_contents, is_weights, secrets_of_environment
-from neox_hf.checkpoint.hub.faults import OFFLINE, Refused, as_fault
+from neox_hf.checkpoint.hub.faults import Refused, as_fault
 
 MAIN = "main"
 
@@ -81,7 +81,7 @@ class HubRepository:
 
 def _token() -> str:
     if is_offline_mode():
-        raise Refused(OFFLINE)
+        raise Refused("offline mode is on (HF_HUB_OFFLINE)")
     if (token := get_token()) is None:
         raise Refused("there is no access token: set HF_TOKEN, or log in with `hf auth login`")
     return token

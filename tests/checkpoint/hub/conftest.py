@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import save_file
 
 from neox_hf.checkpoint.settings import HubSettings
@@ -27,6 +28,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server
     enable_progress_bars()
+    set_client_factory(default_client_factory)  # without the publisher's time limit
 
 
 @pytest.fixture

@@ -1,0 +1,123 @@
+"""`python -m neox_hf.checkpoint.hub.push`: what a run left behind goes up later."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from neox_hf.checkpoint.hub import HubPublisher
+from neox_hf.checkpoint.hub.push import main
+
+REPO = "tester/tiny"
+
+
+@pytest.fixture
+def interrupted(hub, settings, checkpoint, tmp_path):
+    """An output directory whose run could not push steps 1, 2 and the final model."""
+    hub.script(".*", times=1000, status=403)
+    publisher = HubPublisher(settings, tmp_path)
+    for step in (1, 2):
+        publisher.publish_step(checkpoint(step), step)
+    publisher.publish_final(checkpoint(3), {"README.md": "# card"})
+    assert [revision for revision, _ in publisher.close(60).pending] == ["step1", "step2", "main"]
+    hub.heal()
+    return tmp_path
+
+
+def test_the_command_pushes_what_is_left_in_order_and_only_once(hub, interrupted, capsys):
+    assert main([str(interrupted)]) == 0
+    assert capsys.readouterr().out.strip() == "pushed to the Hub: step1, step2, main"
+    assert hub.pushes == ["step1", "step2", "main"]
+    assert hub.files(REPO)["README.md"] == b"# card"
+
+    assert main([str(interrupted)]) == 0
+    assert capsys.readouterr().out.strip() == "pushed to the Hub: nothing"
+    assert hub.pushes == ["step1", "step2", "main"]
+
+
+def test_the_command_may_push_elsewhere(hub, interrupted):
+    assert main([str(interrupted), "--repo-id", "tester/other"]) == 0
+    assert set(hub.repositories) == {"tester/other"}
+
+
+def test_the_command_fails_when_something_is_still_queued(hub, interrupted, capsys):
+    hub.script("POST .*/commit/step2", times=1000, status=400)
+    assert main([str(interrupted)]) == 1
+    out = capsys.readouterr().out
+    assert "pushed to the Hub: step1, main" in out
+    assert "not pushed: step2 (the Hub answered 400" in out
+    assert f"push later with: python -m neox_hf.checkpoint.hub.push {interrupted}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not a folder; name the output_dir of a run"),
+        ([".", "--repo-id", "no-owner"], "hub.repo_id='no-owner' is not of the form owner/name"),
+        ([".", "--attempts", "0"], "hub.attempts=0 must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_ends_with_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_entry_is_named_and_does_not_stop_the_others(hub, interrupted, capsys):
+    ledger = interrupted / ".hub-queue" / "000001-step1" / "ledger.json"
+    ledger.write_text("{")
+    assert main([str(interrupted)]) == 1
+    out = capsys.readouterr().out
+    assert "pushed to the Hub: step2, main" in out
+    assert f"{ledger} cannot be read" in out
+    assert f"delete the folder {ledger.parent}" in out
+
+
+def test_the_next_run_pushes_what_the_crashed_one_left(hub, settings, interrupted):
+    assert HubPublisher(settings, interrupted).close(60).pushed == ["step1", "step2", "main"]
+
+
+def test_two_processes_do_not_push_at_once(hub, interrupted):
+    with (interrupted / ".hub-queue" / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        command = threading.Thread(target=main, args=([str(interrupted)],))
+        command.start()
+        command.join(0.3)
+        assert command.is_alive(), "it waits for its turn"
+        assert hub.pushes == []
+    command.join(30)
+    assert hub.pushes == ["step1", "step2", "main"]
+
+
+def test_after_a_killed_run_the_command_pushes_from_another_process(hub, checkpoint, tmp_path):
+    """The run dies with nothing sent; its checkpoints are gone; the command finds all in the queue."""
+    offline = (
+        "import os, sys, shutil; from pathlib import Path; from neox_hf.checkpoint.hub import HubPublisher;"
+        "from neox_hf.checkpoint.settings import HubSettings;"
+        f"publisher = HubPublisher(HubSettings(repo_id={REPO!r}), Path(sys.argv[1]));"
+        "publisher.publish_step(Path(sys.argv[2]), 7); shutil.rmtree(sys.argv[2]); os.kill(os.getpid(), 9)"
+    )
+    folder = checkpoint(7)
+    weights = (folder / "model.safetensors").read_bytes()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.getcwd()}
+    killed = subprocess.run(
+        [sys.executable, "-c", offline, str(tmp_path), str(folder)],
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert killed.returncode == -9
+    assert not folder.exists()
+    pushed = subprocess.run(
+        [sys.executable, "-m", "neox_hf.checkpoint.hub.push", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.strip() == "pushed to the Hub: step7"
+    assert hub.files(REPO, "step7")["model.safetensors"] == weights
