@@ -18,11 +18,11 @@ class Document:
     origins: dict[Path, str] = field(default_factory=dict)
 
     def origin(self, path: Path) -> str:
-        """The place that wrote `path` or the closest part of the tree around it; `default value` if nobody did."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return "default value"
+        """The place that wrote `path`. What nobody wrote is a default value of the part of the tree around it."""
+        if path in self.origins:
+            return self.origins[path]
+        around = [self.origins[path[:length]] for length in range(len(path)) if path[:length] in self.origins]
+        return f"{around[-1]} (default value)" if around else "default value"
 
 
 def dotted(path: Path) -> str:

@@ -17,7 +17,7 @@ def merge(documents: Iterable[Document], shorthands: Mapping[str, str] | None = 
         for section, key in (shorthands or {}).items():
             if isinstance(document.values.get(section), str):
                 merged = _without(merged, section)
-                document = Document({**document.values, section: {key: document.values[section]}}, document.origins)
+                document = _spelt_out(document, section, key)
         merged = _overlay(merged, document)
     return merged
 
@@ -27,6 +27,11 @@ def _without(document: Document, section: str) -> Document:
         {key: value for key, value in document.values.items() if key != section},
         {path: origin for path, origin in document.origins.items() if path[0] != section},
     )
+
+
+def _spelt_out(document: Document, section: str, key: str) -> Document:
+    values = {**document.values, section: {key: document.values[section]}}
+    return Document(values, {**document.origins, (section, key): document.origins[(section,)]})
 
 
 def _overlay(base: Document, later: Document) -> Document:

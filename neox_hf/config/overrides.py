@@ -1,7 +1,6 @@
 """`section.key=value` from the command line."""
 
 import re
-from typing import Any
 
 from neox_hf.config.document import Document, Path
 from neox_hf.config.yaml_text import read_yaml
@@ -28,10 +27,10 @@ def read_override(argument: str) -> Document:
         raise RecipeError(f"{source}: an override is written section.key=value")
     if NAME.fullmatch(key) is None:
         raise RecipeError(f"{source}: {key!r} is not a key; an override is written section.key=value")
-    value, _ = read_yaml(text, lambda _: source)
+    values, origins_within = read_yaml(text, lambda _: source)
     path: Path = tuple(key.split("."))
     origins = {path[:length]: source for length in range(1, len(path) + 1)}
-    values: Any = value
+    origins |= {path + within: source for within in origins_within}
     for name in reversed(path):
         values = {name: values}
     return Document(values, origins)
