@@ -13,6 +13,7 @@ class SourceSettings:
     weight: share of the run's samples, relative to the other sources.
     text_key: the column that holds the text (jsonl, parquet, Hub).
     split, name, revision: of a Hub dataset.
+    sample_by: what one document of a .txt file is, the whole `document` or each `line`.
     """
 
     path: str
@@ -21,6 +22,7 @@ class SourceSettings:
     split: str = "train"
     name: str | None = None
     revision: str | None = None
+    sample_by: Literal["document", "line"] = "document"
 
 
 @dataclass(frozen=True, kw_only=True)

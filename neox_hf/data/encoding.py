@@ -1,0 +1,90 @@
+"""Documents to token ids: in batches, each followed by the end-of-document token, ids checked on the host."""
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from neox_hf.data.documents import Document
+from neox_hf.errors import DataError
+
+# Longer texts are tokenized in pieces, cut after a line or a word: a tokenizer needs some 100 bytes a token while it
+# works.
+PIECE_CHARACTERS = 1 << 20
+
+
+class DocumentEncoder:
+    """A private copy of a fast tokenizer: no truncation or padding left on, no special tokens added."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int | None) -> None:
+        """`vocab_size`: ids at or over it are refused; None takes the tokenizer's own size."""
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-document token; set its eos_token")
+        self._tokenizer = plain_copy(tokenizer)
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.end_of_document = int(tokenizer.eos_token_id)
+        if self.end_of_document >= self.vocab_size:
+            raise DataError(
+                f"the tokenizer's end-of-document token {tokenizer.eos_token!r} has id {self.end_of_document}, at or "
+                f"over "
+                f"vocab_size={self.vocab_size}; set model.vocab_size to at least {len(tokenizer)}"
+            )
+
+    def encode(self, documents: Sequence[Document]) -> tuple[np.ndarray, list[int]]:
+        """Tokens int32 of all documents, and how many each has; its end-of-document token is its last.
+
+        Raises DataError for an id that the model has no row for, with the document's place.
+        """
+        short = [document.text for document in documents if len(document.text) <= PIECE_CHARACTERS]
+        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        arrays, lengths = [], []
+        end = np.array([self.end_of_document], np.int32)
+        for document in documents:
+            is_short = len(document.text) <= PIECE_CHARACTERS
+            ids = np.array(next(encodings).ids, np.int32) if is_short else self._encode_long(document.text)
+            if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
+                self._refuse(ids, document)
+            arrays += [ids, end]
+            lengths.append(len(ids) + 1)
+        return np.concatenate(arrays), lengths
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        pieces = (self._tokenizer.encode_batch_fast([piece], add_special_tokens=False) for piece in text_pieces(text))
+        return np.concatenate([np.array(piece[0].ids, np.int32) for piece in pieces])
+
+    def _refuse(self, ids: np.ndarray, document: Document) -> None:
+        place = int(np.flatnonzero((ids >= self.vocab_size) | (ids < 0))[0])
+        wrong = int(ids[place])
+        token = self._tokenizer.id_to_token(wrong) if wrong >= 0 else None
+        raise DataError(
+            f"{document.where()}: token {place} of the document has id {wrong} ({token!r}), outside [0, "
+            f"vocab_size={self.vocab_size}); "
+            f"the tokenizer and the model do not belong together, or model.vocab_size is too small"
+        )
+
+
+def text_pieces(text: str) -> Iterator[str]:
+    """Pieces of up to PIECE_CHARACTERS, cut after the last line end, else before the last blank, else anywhere."""
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        limit = begin + PIECE_CHARACTERS
+        end = text.rfind("\n", begin, limit) + 1 or text.rfind(" ", begin + 1, limit)
+        end = end if end > begin else limit
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def plain_copy(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The `tokenizers` object of a fast tokenizer, copied, without truncation and padding."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Of everything that decides which ids a text gets, and of the end-of-document token."""
+    return sha256(f"{tokenizer.eos_token_id} {plain_copy(tokenizer).to_str()}".encode()).hexdigest()
