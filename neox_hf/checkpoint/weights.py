@@ -144,7 +144,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     try:
         tokenizer.save_pretrained(directory)
     except Exception as error:

@@ -38,7 +38,7 @@ from neox_hf.checkpoint.verify import is_safe
 from neox_hf.checkpoint.weights import SHARD_SIZE, save_weights
 from neox_hf.errors import CheckpointError
 
-RECORDED_VERSIONS = ("torch", "transformers", "safetensors", "numpy")
+RECORDED_VERSIONS = ("neox_hf", "torch", "transformers", "safetensors", "numpy")
 
 
 class CheckpointWriter:

@@ -1,0 +1,60 @@
+"""Files of boxes: what their headers say, and headers that lie."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from neox_hf.checkpoint.box_files import BoxFiles, save_boxes
+from neox_hf.checkpoint.boxes import Box
+from neox_hf.errors import CheckpointError
+
+
+def test_the_header_tells_the_geometry(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_boxes(path, [Box("w", (2, 0), (8, 3), torch.ones(2, 3)), Box.whole("v", torch.ones(5))])
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {"w[2:4,0:3]", "v"}
+        assert json.loads(file.metadata()["boxes"])["w[2:4,0:3]"] == {"name": "w", "offsets": [2, 0], "shape": [8, 3]}
+    (box,) = BoxFiles([path]).find("w")
+    assert (box.extent, box.dtype, box.file) == ((2, 3), torch.float32, "x.safetensors")
+
+
+def test_views_that_share_storage_are_saved(tmp_path):
+    flat = torch.arange(12.0)
+    path = tmp_path / "x.safetensors"
+    save_boxes(path, [Box.whole("a", flat[:6].view(2, 3)), Box.whole("b", flat[6:].view(3, 2).t())])
+    reader = BoxFiles([path])
+    (b,) = reader.find("b")
+    assert torch.equal(reader.read(b, (slice(0, 2), slice(0, 3))), flat[6:].view(3, 2).t())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "says nothing about its boxes"),
+        ({"format": "pt"}, "says nothing about its boxes"),
+        ({"boxes": "{"}, "says nothing about its boxes"),
+        ({"boxes": "{}"}, "describes other boxes than the file holds"),
+        (
+            {"boxes": json.dumps({"w": {"name": "w", "offsets": [3], "shape": [4]}})},
+            r"does not lie in a tensor of shape \(4,\)",
+        ),
+        ({"boxes": json.dumps({"w": {"name": "w", "offsets": [-1], "shape": [4]}})}, "does not lie in a tensor"),
+        ({"boxes": json.dumps({"w": {"name": "w", "offsets": [0, 0], "shape": [4, 4]}})}, "does not lie in a tensor"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, metadata, message):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(2)}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=message):
+        BoxFiles([path])
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not a tensor")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is not a readable safetensors file"):
+        BoxFiles([path])

@@ -1,0 +1,84 @@
+"""SIGKILL in every phase of writing a checkpoint leaves a valid one, and the next writer cleans up."""
+
+import multiprocessing
+import shutil
+import signal
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox_hf.checkpoint import Box, fill_boxes, find_latest, open_checkpoint
+from tests.checkpoint.conftest import build
+from tests.checkpoint.dying_writer import PHASES, write, write_and_die, write_and_die_in_a_file
+
+OLD, NEW = 1.0, 2.0
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.checkpoint.dying_writer"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("old")
+    write(output_dir, 2, OLD)
+    return output_dir
+
+
+@pytest.fixture
+def output_dir(old_run, tmp_path) -> Path:
+    return Path(shutil.copytree(old_run, tmp_path / "run"))
+
+
+def kill(server: ForkServerContext, target, *args) -> None:
+    child = server.Process(target=target, args=args)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def value_of(path: Path) -> float:
+    """The value that every part of the checkpoint holds."""
+    checkpoint = open_checkpoint(path)
+    model, box = build("ours", num_hidden_layers=1), torch.zeros(8)
+    checkpoint.load_weights(model)
+    fill_boxes([Box.whole("w", box)], checkpoint.boxes("optimizer.exp_avg"))
+    values = {
+        checkpoint.manifest.metadata["value"],
+        checkpoint.json("state/data.json")["value"],
+        *box.tolist(),
+        *model.lm_head.weight.flatten().tolist(),
+    }
+    (value,) = values
+    return value
+
+
+def check_aftermath(output_dir: Path, step: int, exists: bool) -> None:
+    found = find_latest(output_dir)
+    assert found.passed_over == []
+    assert value_of(found.path) == (NEW if exists else OLD)
+    write(output_dir, step, NEW)
+    kept = {"checkpoint-2", f"checkpoint-{step}"}
+    assert {entry.name for entry in output_dir.iterdir()} == kept
+    assert value_of(output_dir / f"checkpoint-{step}") == NEW
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("step", [2, 3], ids=["same_step", "next_step"])
+def test_killed_around_a_phase(server, output_dir, step, phase, when):
+    kill(server, write_and_die, output_dir, step, NEW, phase, when)
+    exists = phase == "remove_set_aside" or (phase, when) == ("rename", "after")
+    check_aftermath(output_dir, step, exists)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "data.json", "manifest.json", "done-0-of-1.json"])
+@pytest.mark.parametrize("step", [2, 3], ids=["same_step", "next_step"])
+def test_killed_with_half_a_file_written(server, output_dir, step, name):
+    kill(server, write_and_die_in_a_file, output_dir, step, NEW, name)
+    check_aftermath(output_dir, step, exists=False)
