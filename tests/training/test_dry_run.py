@@ -1,0 +1,81 @@
+"""What a recipe comes to, before any of it is built."""
+
+import pytest
+
+from neox_hf.config import Document, build, read_yaml
+from neox_hf.errors import TopologyError
+from neox_hf.training.dry_run import dry_run_report, fitting_worlds
+from neox_hf.training.recipe import Recipe, load_recipe
+
+SMALL = """
+model: {num_hidden_layers: 2, hidden_size: 64, num_attention_heads: 4}
+tokenizer: {kind: byte}
+data: {sources: [{path: stdlib}], seq_length: 32, streams: 12}
+train: {max_steps: 1000, per_device_train_batch_size: 2, global_batch_size: 24}
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def plan(recipe):
+    lines = dry_run_report(recipe).splitlines()
+    return [line.removeprefix("# ") for line in lines[lines.index("# plan") + 1 :]]
+
+
+def test_the_plan_of_one_process(small):
+    # 257 tokens become 384 rows; 2 x 384 x 64 + 2 x (12 x 64^2 + 13 x 64) + 2 x 64 parameters
+    assert plan(load_recipe([small])) == [
+        "parameters:      149,248 with a vocabulary of 384",
+        "tokens per step: 768 = 24 samples x 32 tokens",
+        "tokens in total: 768,000 in 1,000 steps",
+        "this world:      1 = 1 data x 1 pipeline x 1 tensor; 2 samples at a time, 12 times a step",
+        "worlds that fit: 1, 2, 3, 4, 6, 12",
+    ]
+
+
+def test_the_plan_of_three_processes(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert plan(load_recipe([small]))[3] == (
+        "this world:      3 = 3 data x 1 pipeline x 1 tensor; 2 samples at a time, 4 times a step"
+    )
+
+
+def test_a_world_that_does_not_fit(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(TopologyError, match=r"data.streams = 12 cannot be dealt evenly to 5 data-parallel ranks"):
+        dry_run_report(load_recipe([small]))
+
+
+def test_without_a_global_batch_the_streams_decide(small):
+    assert fitting_worlds(load_recipe([small], overrides=["train.global_batch_size=null"])) == [1, 2, 3, 4, 6, 12]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("tokenizer.kind=char", "depend on the vocabulary of the char tokenizer, which --dry-run does not load"),
+        ("model.vocab_size=512", "165,632 with a vocabulary of 512"),
+        ("tokenizer={kind: trained, vocab_size: 385}", "165,632 with a vocabulary of 512"),
+    ],
+)
+def test_who_decides_the_vocabulary(small, override, line):
+    assert plan(load_recipe([small], overrides=[override]))[0] == f"parameters:      {line}"
+
+
+def test_released_weights_bring_their_own_parameters(tmp_path, small):
+    path = tmp_path / "tuned.yaml"
+    path.write_text(SMALL.replace("num_hidden_layers: 2, hidden_size: 64, num_attention_heads: 4", "pretrained: me/it"))
+    assert plan(load_recipe([str(path)]))[0] == "parameters:      those of me/it"
+
+
+def test_the_report_is_a_recipe(small, tmp_path):
+    """The plan stands in comments, so what is printed can be kept as a file and run."""
+    recipe = load_recipe([small])
+    values, origins = read_yaml(dry_run_report(recipe), str)
+    assert build(Recipe, Document(values, origins)) == recipe

@@ -1,0 +1,260 @@
+"""Every message about a value in a recipe: its range, its section, and how it goes with the others."""
+
+import pytest
+
+from neox_hf.errors import RecipeError
+from neox_hf.training.recipe import load_recipe
+from neox_hf.training.recipe_checks import HF_SCHEDULE_KEYS
+from neox_hf.training.recipe_limits import LIMITS
+from neox_hf.training.train_section import REFUSED
+
+BASE = """model: {num_hidden_layers: 2, hidden_size: 64, num_attention_heads: 4, rotary_pct: 0.5}
+tokenizer: {kind: byte}
+data: {sources: [{path: stdlib}], seq_length: 32, streams: 12}
+train: {max_steps: 5, per_device_train_batch_size: 2}
+"""
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text(BASE)
+    monkeypatch.chdir(tmp_path)
+    return "base.yaml"
+
+
+def refusal(base, *overrides):
+    with pytest.raises(RecipeError) as error:
+        load_recipe([base], overrides=overrides)
+    return str(error.value)
+
+
+def test_the_base_is_right(base):
+    load_recipe([base])
+
+
+ROWS = [(section, key, limit) for section, rows in LIMITS.items() for key, limit in rows.items()]
+
+
+@pytest.mark.parametrize(("section", "key", "limit"), ROWS, ids=[f"{section}.{key}" for section, key, _ in ROWS])
+def test_every_number_has_a_range(base, section, key, limit):
+    low = limit.at_least - 1 if limit.at_least is not None else limit.above
+    override = f"{section}.{key}={low:g}"
+    assert f"override '{override}': {section}.{key} = {low:g}: must be {limit}" in refusal(base, override)
+    if limit.at_most is not None or limit.below is not None:
+        high = limit.at_most + 1 if limit.at_most is not None else limit.below
+        override = f"{section}.{key}={high:g}"
+        assert f"override '{override}': {section}.{key} = {high:g}: must be {limit}" in refusal(base, override)
+
+
+def test_ranges_in_words():
+    rows = LIMITS["model"]
+    assert str(rows["hidden_size"]) == "at least 1"
+    assert str(rows["rotary_pct"]) == "above 0 and at most 1"
+    assert str(rows["hidden_dropout"]) == "at least 0 and below 1"
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_a_field_with_another_owner_names_it(base, key):
+    override = f"train.{key}=1"
+    assert refusal(base, override) == f"override '{override}': train.{key} = 1: {REFUSED[key]}"
+
+
+NOT_YET = "is not available yet; this release trains with data parallelism"
+FIXED = "is fixed by the released weights of model.pretrained = me/it; remove it"
+WITH_STYLE = (
+    "excludes train.lr_decay_style = cosine, whose warm-up is lr_warmup_fraction; keep one of the two schedules"
+)
+OF_NEOX = "belongs to GPT-NeoX's schedules; set train.lr_decay_style, or use lr_scheduler_kwargs"
+NO_EPOCHS = "streams are endless and have no epochs; use steps"
+WHOLE = "must be a whole number of steps, or a share of the run below 1"
+SOURCE = "wants stdlib, a file, a folder, a glob, or a Hub dataset as hub:owner/name"
+OF_HUB = "belongs to Hub datasets alone (path hub:owner/name); remove it"
+ONE_ORIGIN = "excludes model.name = pythia-14m: weights are either released or fresh; keep one of the two"
+NEEDED = "is needed when neither model.name nor model.pretrained says which model to train"
+UNEVEN = "does not divide model.hidden_size = 64; every head has the same number of columns"
+ROTATED = "of the 16 columns of a head; choose an even number, at least 2"
+TOO_LONG = "is longer than model.max_position_embeddings = {}; shorten the samples or raise that"
+A_PATH = "is needed by kind = pretrained: a folder, a tokenizer.json or a Hub id"
+A_SIZE = "is needed by kind = trained: the number of tokens to learn"
+SCHEDULES = "wants one of every, none, pythia or a list, each item a whole number; did you mean pythia?"
+PLATEAU = "follows the evaluation loss; set train.eval_strategy"
+BEST = "needs eval_strategy: steps with save_schedule: every, or save_strategy: best"
+
+CASES = [
+    # model
+    ("model={name: pythia-14m, pretrained: me/it}", f'model.pretrained = "me/it": {ONE_ORIGIN}'),
+    ("model=pythia-160", 'model.name = "pythia-160": is unknown; did you mean pythia-160m?'),
+    ("model=llama", 'model.name = "llama": is unknown; known are gpt-neox-20b, pythia-1.4b, pythia-12b, '),
+    ("model={pretrained: me/it}", f"model.hidden_size = 64: {FIXED}"),
+    ("model.hidden_size=null", f"model.hidden_size = null: {NEEDED}"),
+    ("model.revision=main", 'model.revision = "main": is the revision of model.pretrained, which is not set'),
+    ("model.hidden_act=gellu", 'model.hidden_act = "gellu": is unknown; did you mean gelu?'),
+    ("model.init_method=smal_init", 'model.init_method = "smal_init": is unknown; did you mean small_init?'),
+    (
+        "model.output_layer_init_method=xyz",
+        'model.output_layer_init_method = "xyz": is unknown; known are normal, orthogonal, ',
+    ),
+    ("model.attn_implementation=spda", 'model.attn_implementation = "spda": is unknown; did you mean sdpa?'),
+    ("model.kernels=tritn", 'model.kernels = "tritn": wants one of auto, triton, torch or null; did you mean triton?'),
+    ("model.num_attention_heads=5", f"model.num_attention_heads = 5: {UNEVEN}"),
+    ("model.rotary_pct=0.2", f"model.rotary_pct = 0.2: rotates 3 {ROTATED}"),
+    ("model.rotary_pct=0.01", f"model.rotary_pct = 0.01: rotates 0 {ROTATED}"),
+    ("model.max_position_embeddings=16", f"data.seq_length = 32: {TOO_LONG.format(16)}"),
+    # tokenizer
+    ("tokenizer={kind: pretrained}", f"tokenizer.path = null: {A_PATH}"),
+    ("tokenizer={kind: trained}", f"tokenizer.vocab_size = null: {A_SIZE}"),
+    ("tokenizer.path=x", 'tokenizer.path = "x": means nothing to kind = byte; remove it'),
+    ("tokenizer.vocab_size=300", "tokenizer.vocab_size = 300: means nothing to kind = byte; remove it"),
+    ("tokenizer.revision=x", 'tokenizer.revision = "x": means nothing to kind = byte; remove it'),
+    (
+        "tokenizer.kind=bytes",
+        'tokenizer.kind = "bytes": wants one of pretrained, trained, byte, char; did you mean byte?',
+    ),
+    # data
+    ("data.sources=[]", "data.sources = []: is empty; name at least one, for example [{path: stdlib}]"),
+    ("data.sources=[{path: ''}]", f'data.sources[0].path = "": {SOURCE}'),
+    ("data.sources=[{path: 'hub:a/b/c'}]", f'data.sources[0].path = "hub:a/b/c": {SOURCE}'),
+    ("data.eval_sources=[{path: a}, {path: b, weight: 0}]", "data.eval_sources[1].weight = 0: must be above 0"),
+    ("data.sources=[{path: a, split: test}]", f'data.sources[0].split = "test": {OF_HUB}'),
+    ("data.sources=[{path: a, name: x}]", f'data.sources[0].name = "x": {OF_HUB}'),
+    ("data.sources=[{path: a, revision: x}]", f'data.sources[0].revision = "x": {OF_HUB}'),
+    ("data.bad_rows=skipp", 'data.bad_rows = "skipp": wants one of error, skip, quarantine; did you mean skip?'),
+    # parallel
+    ("parallel.tensor=2", f"parallel.tensor = 2: tensor parallelism {NOT_YET}"),
+    ("parallel.pipeline=4", f"parallel.pipeline = 4: pipeline parallelism {NOT_YET}"),
+    ("parallel.sequence=true", f"parallel.sequence = true: sequence parallelism {NOT_YET}"),
+    ("parallel.zero_stage=1", f"parallel.zero_stage = 1: ZeRO {NOT_YET}"),
+    # train: batch
+    (
+        "train.global_batch_size=3",
+        "train.global_batch_size = 3: is no multiple of train.per_device_train_batch_size = 2",
+    ),
+    # train: schedules
+    ("train.min_lr=1e-5", f"train.min_lr = 1e-05: {OF_NEOX}"),
+    ("train.lr_decay_steps=3", f"train.lr_decay_steps = 3: {OF_NEOX}"),
+    ("train.lr_warmup_fraction=0.1", f"train.lr_warmup_fraction = 0.1: {OF_NEOX}"),
+    ("train.lr_scheduler_type=reduce_lr_on_plateau", f'train.lr_scheduler_type = "reduce_lr_on_plateau": {PLATEAU}'),
+    # train: strategies
+    ("train.logging_strategy=epoch", f'train.logging_strategy = "epoch": {NO_EPOCHS}'),
+    ("train.eval_strategy=epoch", f'train.eval_strategy = "epoch": {NO_EPOCHS}'),
+    ("train.save_strategy=epoch", f'train.save_strategy = "epoch": {NO_EPOCHS}'),
+    ("train.logging_steps=1.5", f"train.logging_steps = 1.5: {WHOLE}"),
+    ("train.eval_steps=2.5", f"train.eval_steps = 2.5: {WHOLE}"),
+    ("train.save_steps=2.5", f"train.save_steps = 2.5: {WHOLE}"),
+    ("train.warmup_steps=2.5", f"train.warmup_steps = 2.5: {WHOLE}"),
+    ("train.save_schedule=[0, -1]", "train.save_schedule = [0, -1]: steps must be at least 0"),
+    ("train.save_schedule=pythie", f'train.save_schedule = "pythie": {SCHEDULES}'),
+    ("train.load_best_model_at_end=true", f"train.load_best_model_at_end = true: {BEST}"),
+    ("train.report_to=wandbb", 'train.report_to = "wandbb": wandbb is unknown; did you mean wandb?'),
+    ("train.report_to=[tensorboard, x]", 'train.report_to = ["tensorboard", "x"]: x is unknown; known are '),
+    # hub
+    ("hub.push=true", 'hub = {"push": true}: hub.push is true but hub.repo_id is missing'),
+    ("hub.repo_id=name", 'hub = {"repo_id": "name"}: hub.repo_id=\'name\' is not of the form owner/name'),
+    ("hub.require_push=true", "hub.require_push = true: does nothing while hub.push is false"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), CASES, ids=[override for override, _ in CASES])
+def test_one_wrong_value(base, override, message):
+    assert message in refusal(base, override)
+
+
+PAIRS = [
+    (["train.lr_decay_style=cosine", "train.warmup_steps=10"], f"train.warmup_steps = 10: {WITH_STYLE}"),
+    (["train.lr_decay_style=cosine", "train.lr_scheduler_type=cosine"], f'lr_scheduler_type = "cosine": {WITH_STYLE}'),
+    (["train.lr_decay_style=cosine", "train.lr_scheduler_kwargs={a: 1}"], f'kwargs = {{"a": 1}}: {WITH_STYLE}'),
+    (["train.lr_decay_style=linear", "train.min_lr=1"], "train.min_lr = 1: is above train.learning_rate = 5e-05"),
+    (
+        ["train.global_batch_size=8", "train.gradient_accumulation_steps=3"],
+        "train.global_batch_size = 8: is no multiple of per_device_train_batch_size x gradient_accumulation_steps = 6; "
+        "leave the accumulation out, it follows from the world",
+    ),
+    (
+        ["train.save_schedule=none", "train.save_strategy=best"],
+        'train.save_strategy = "best": excludes another train.save_schedule than every; keep one of the two',
+    ),
+    (
+        ["train={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 40, save_steps: 100}"],
+        "train.load_best_model_at_end = true: needs save_steps = 100 to be a multiple of eval_steps = 40",
+    ),
+    (
+        ["train.eval_strategy=steps", "data.eval_fraction=0"],
+        "data.eval_fraction = 0: leaves nothing for train.eval_strategy; hold some documents out or name "
+        "data.eval_sources",
+    ),
+    (
+        ["model=pythia-14m", "tokenizer={kind: trained, vocab_size: 60000}"],
+        "tokenizer.vocab_size = 60000: is more than model.vocab_size = 50304; "
+        "make the tokenizer smaller or that larger",
+    ),
+    (
+        ["model=pythia-14m", "data.seq_length=4096"],
+        f"data.seq_length = 4096: {TOO_LONG.format(2048)}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), PAIRS, ids=[" ".join(overrides) for overrides, _ in PAIRS])
+def test_values_that_do_not_go_together(base, overrides, message):
+    assert message in refusal(base, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 50, save_steps: 100}"],
+        ["train={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 50, save_strategy: best}"],
+        ["train.eval_strategy=steps", "data.eval_fraction=0", "data.eval_sources=[{path: x}]"],
+        ["train.lr_decay_style=cosine", "train.min_lr=1e-6", "train.lr_warmup_fraction=0.1"],
+        ["train.report_to=[tensorboard, wandb]"],
+        ["train.eval_strategy=no", "train.save_strategy=no"],
+        ["data.sources=[{path: 'hub:me/set', split: test, name: x, revision: y}]"],
+        ["model.attn_implementation=kernels-community/flash-attn"],
+        ["hub.push=true", "hub.repo_id=me/it", "hub.require_push=true"],
+        ["train.save_schedule=[0, 1, 7]"],
+    ],
+)
+def test_values_that_do_go_together(base, overrides):
+    load_recipe([base], overrides=overrides)
+
+
+def test_released_weights_need_no_sizes(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        BASE.replace(BASE.splitlines()[0], "model: {pretrained: me/it, revision: step1000, hidden_dropout: 0.1}")
+    )
+    assert load_recipe([str(path)]).model.pretrained == "me/it"
+
+
+def test_every_mistake_is_told_at_once_with_its_place(base):
+    message = refusal(base, "train.max_stepz=1", "parallel.tensor=zwei", "train.eval_strategy=often", "modl.name=x")
+    assert message.splitlines() == [
+        "4 problems:",
+        '  override \'modl.name=x\': modl = {"name": "x"}: unknown key; did you mean model?',
+        "  override 'parallel.tensor=zwei': parallel.tensor = \"zwei\": wants a whole number",
+        "  override 'train.eval_strategy=often': train.eval_strategy = \"often\": wants one of no, steps, epoch",
+        "  override 'train.max_stepz=1': train.max_stepz = 1: unknown key; did you mean train.max_steps?",
+    ]
+
+
+def test_a_value_from_a_file_has_its_line(tmp_path, monkeypatch, base):
+    (tmp_path / "bad.yaml").write_text("train:\n  max_steps: 10\n  learning_rate: -1\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe([base, "bad.yaml"])
+    assert str(error.value) == "bad.yaml:3: train.learning_rate = -1: must be at least 0"
+
+
+def test_a_default_that_does_not_fit_says_that_it_is_one(base):
+    assert refusal(base, "train.lr_decay_style=linear", "train.min_lr=0.1").startswith("override 'train.min_lr=0.1': ")
+    assert refusal(base, "tokenizer.kind=trained") == (
+        "override 'tokenizer.kind=trained' (default value): tokenizer.vocab_size = null: "
+        "is needed by kind = trained: the number of tokens to learn"
+    )
+
+
+def test_a_key_of_another_section_is_found(base):
+    assert refusal(base, "train.seq_length=5").endswith("unknown key; did you mean data.seq_length?")
+
+
+def test_schedule_keys_exist():
+    assert set(HF_SCHEDULE_KEYS).isdisjoint(REFUSED)
