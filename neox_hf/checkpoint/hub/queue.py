@@ -1,7 +1,8 @@
 """The queue on disk of what is to be pushed: it outlives the checkpoints that rotation deletes, and a crash.
 
-`OUTPUT_DIR/.hub-queue/000007-step1000/` holds `ledger.json` (where it goes) and `files/`, hard links of what is pushed.
-Links take no time and no space, and keep the bytes when a checkpoint is deleted or its files are replaced by renaming.
+`OUTPUT_DIR/.hub-queue/000007-step1000/` holds `ledger.json` (where it goes) and `files/`, what is pushed. Weights are
+hard links, which take no time and no space and keep the bytes when a checkpoint is deleted or its files are replaced by
+renaming. The small files are copies, since some of them, such as README.md, may be rewritten in place.
 An entry is complete when its folder has its name; it is removed when it has been pushed.
 """
 
@@ -93,7 +94,7 @@ class PushQueue:
         draft = self.path / (ADDING + name)
         (draft / "files").mkdir(parents=True)
         for path in files:
-            _link(path, draft / "files" / path.name)
+            _keep(path, draft / "files" / path.name)
         for text_name, content in texts.items():
             (draft / "files" / text_name).write_text(content, encoding="utf-8")
         _write_durably(draft / LEDGER, json.dumps(asdict(destination)))
@@ -132,8 +133,11 @@ class PushQueue:
             shutil.rmtree(path)
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy on a file system that has no links."""
+def _keep(source: Path, target: Path) -> None:
+    """A hard link for weights, or a copy on a file system that has no links; a copy for all else."""
+    if source.suffix != ".safetensors":
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError:

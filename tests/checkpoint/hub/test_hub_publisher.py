@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -24,13 +25,15 @@ def local_sums(folder) -> dict[str, str]:
 
 
 def test_steps_queued_faster_than_they_upload_arrive_in_order_with_their_own_bytes(hub, settings, checkpoint, tmp_path):
-    publisher = HubPublisher(settings, tmp_path)
+    hub.script("POST /api/repos/create", status=503)  # nothing goes up before all five are queued
+    publisher = HubPublisher(replace(settings, retry_wait=0.5), tmp_path)
     expected = {}
     for step in (1, 2, 3, 4, 5):
         folder = checkpoint(step)
         expected[f"step{step}"] = local_sums(folder)
         publisher.publish_step(folder, step)
         shutil.rmtree(folder)  # as rotation does, whether or not the upload has begun
+    assert hub.pushes == []
     report = publisher.close(60)
 
     assert report.pending == []

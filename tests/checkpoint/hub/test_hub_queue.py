@@ -28,17 +28,19 @@ def test_entries_keep_their_order_beyond_ten_and_survive_the_checkpoint(checkpoi
     assert entries[0].destination() == WHERE
 
 
-def test_files_are_links_and_keep_the_old_bytes_when_the_final_model_is_replaced(checkpoint, tmp_path):
+def test_weights_are_links_and_keep_the_old_bytes_when_the_final_model_is_replaced(checkpoint, tmp_path):
     folder = checkpoint(1)
     entry = PushQueue(tmp_path).add("main", folder, WHERE)
-    queued = next(path for path in entry.files if path.name == "config.json")
-    assert queued.stat().st_ino == (folder / "config.json").stat().st_ino
-    (folder / "new").write_text("another final model")
-    (folder / "new").replace(folder / "config.json")
-    assert b'"step": 1' in queued.read_bytes()
+    before = read(entry)
+    weights = next(path for path in entry.files if path.name == "model.safetensors")
+    assert weights.stat().st_ino == (folder / "model.safetensors").stat().st_ino
+    (folder / "new").write_bytes(b"another final model")
+    (folder / "new").replace(folder / "model.safetensors")
+    (folder / "config.json").write_text("rewritten in place")
+    assert read(entry) == before
 
 
-def test_files_are_copied_where_links_are_impossible(checkpoint, tmp_path, monkeypatch):
+def test_weights_are_copied_where_links_are_impossible(checkpoint, tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError("Operation not permitted")
 
