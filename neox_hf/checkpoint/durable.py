@@ -34,6 +34,14 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
+def allow_usual_readers(path: Path) -> None:
+    """Give a file the permissions that its directory has, as the umask would have.
+
+    safetensors makes its files readable by their owner alone since 0.8 (its issue 782).
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file and wait until it is on the disk."""
     path.write_bytes(data)

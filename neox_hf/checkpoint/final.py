@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neox_hf.checkpoint.directory import final_path
-from neox_hf.checkpoint.durable import sync_directory, sync_file, writing
+from neox_hf.checkpoint.durable import allow_usual_readers, sync_directory, sync_file, writing
 from neox_hf.checkpoint.verify import is_safe
 from neox_hf.checkpoint.weights import INDEX, SHARD_SIZE, save_weights
 
@@ -44,6 +44,7 @@ def write_final(
             (work / name).write_bytes(content)
         files = sorted((path for path in work.rglob("*") if path.is_file()), key=_moves_last)
         for path in files:
+            allow_usual_readers(path)
             sync_file(path)
         move_into_place(files, work, output_dir)
         shutil.rmtree(work)

@@ -105,7 +105,11 @@ def load_optimizer(optimizer: Optimizer, names: Names, reader: OptimizerReader) 
     _check_class(optimizer, saved)
     _check_groups(optimizer, names, saved)
     _check_parameters(named, saved)
-    states = {name: _new_state(optimizer, parameter, name, saved) for name, parameter in named.items()}
+    devices = _scalar_devices(optimizer, names)
+    states = {
+        name: _new_state(optimizer.state.get(parameter, {}), parameter, name, saved, devices[name])
+        for name, parameter in named.items()
+    }
     wanted = {slot: [] for slot in saved["slots"]}
     for name, state in states.items():
         for slot in saved["parameters"][name]["slots"]:
@@ -186,10 +190,11 @@ def _check_parameters(named: dict[str, nn.Parameter], saved: dict[str, Any]) -> 
             )
 
 
-def _new_state(optimizer: Optimizer, parameter: nn.Parameter, name: str, saved: dict[str, Any]) -> dict[str, Any]:
-    """The parameter's future state: its own tensors where it has them, empty ones elsewhere, and the scalars."""
+def _new_state(
+    current: dict[str, Any], parameter: nn.Parameter, name: str, saved: dict[str, Any], scalar_device: torch.device
+) -> dict[str, Any]:
+    """The parameter's future state: its current tensors where it has them, empty ones elsewhere, and the scalars."""
     entry = saved["parameters"][name]
-    current = optimizer.state.get(parameter, {})
     lost = {key for key, value in current.items() if _is_slot(key, value, parameter)} - set(entry["slots"])
     if lost:
         raise CheckpointError(f"the checkpoint's optimizer lacks {sorted(lost)} of {name}, which this run's keeps")
@@ -199,15 +204,14 @@ def _new_state(optimizer: Optimizer, parameter: nn.Parameter, name: str, saved: 
         if held is None:
             held = torch.empty(like["shape"], dtype=getattr(torch, like["dtype"]), device=parameter.device)
         state[slot] = held
-    device = _scalar_device(optimizer, parameter)
-    state.update({key: decode_value(value, device) for key, value in entry["scalars"].items()})
+    state.update({key: decode_value(value, scalar_device) for key, value in entry["scalars"].items()})
     return state
 
 
-def _scalar_device(optimizer: Optimizer, parameter: nn.Parameter) -> torch.device:
+def _scalar_devices(optimizer: Optimizer, names: Names) -> dict[str, torch.device]:
     """Where torch keeps a step that is a tensor: beside the parameter if kernels read it, else on the host."""
-    for group in optimizer.param_groups:
-        if any(parameter is member for member in group["params"]):
-            on_device = group.get("fused") or group.get("capturable")
-            return parameter.device if on_device else torch.device("cpu")
-    raise AssertionError("the parameter was taken from the groups")
+    return {
+        names[parameter]: parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

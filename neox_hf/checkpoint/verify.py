@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from neox_hf.checkpoint.directory import MANIFEST, finished_checkpoints
 from neox_hf.checkpoint.durable import sha256_of_all
@@ -50,7 +51,10 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     _check_strangers(path, manifest.paths())
     for record in manifest.files:
         _check_size(path, record)
-    sums = sha256_of_all([path / record.path for record in manifest.files])
+    try:
+        sums = sha256_of_all([path / record.path for record in manifest.files])
+    except OSError as error:
+        _refuse(error)
     for record, found in zip(manifest.files, sums, strict=True):
         if found != record.sha256:
             raise CheckpointError(
@@ -74,7 +78,7 @@ def is_safe(relative: str) -> bool:
 
 
 def _check_strangers(root: Path, known: set[str]) -> None:
-    for folder, folders, files in os.walk(root, onerror=_raise):
+    for folder, folders, files in os.walk(root, onerror=_refuse):
         for name in [*folders, *files]:
             path = Path(folder, name)
             if path.is_symlink():
@@ -87,7 +91,7 @@ def _check_strangers(root: Path, known: set[str]) -> None:
                 raise CheckpointError(f"{path} is not in the manifest; remove it: a loader could take it for ours")
 
 
-def _raise(error: OSError) -> None:
+def _refuse(error: OSError) -> NoReturn:
     raise CheckpointError(f"cannot read {error.filename}: {error}") from error
 
 

@@ -32,7 +32,14 @@ from neox_hf.checkpoint.directory import (
     remove_checkpoint,
     unfinished_path,
 )
-from neox_hf.checkpoint.durable import sha256_of_all, sync_directory, sync_file, write_durably, writing
+from neox_hf.checkpoint.durable import (
+    allow_usual_readers,
+    sha256_of_all,
+    sync_directory,
+    sync_file,
+    write_durably,
+    writing,
+)
 from neox_hf.checkpoint.manifest import FileRecord, Manifest
 from neox_hf.checkpoint.verify import is_safe
 from neox_hf.checkpoint.weights import SHARD_SIZE, save_weights
@@ -135,6 +142,7 @@ class CheckpointWriter:
         names = sorted(self._written)
         paths = [self.path / name for name in names]
         for path in paths:
+            allow_usual_readers(path)
             sync_file(path)
         sums = sha256_of_all(paths)
         records = [

@@ -36,7 +36,7 @@ def write(output_dir: Path, step: int, value: float) -> Path:
 
 
 def write_and_die(output_dir: Path, step: int, value: float, phase: str, when: str) -> None:
-    """Die by SIGKILL before or after `phase`, or with half of its last file written."""
+    """Die by SIGKILL before or after `phase`."""
     transformers.utils.logging.disable_progress_bar()
     method = getattr(CheckpointWriter, phase)
 

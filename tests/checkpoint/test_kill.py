@@ -68,17 +68,24 @@ def check_aftermath(output_dir: Path, step: int, exists: bool) -> None:
     assert value_of(output_dir / f"checkpoint-{step}") == NEW
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+STEPS = pytest.mark.parametrize("step", [2, 3], ids=["same_step", "next_step"])
+
+
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("step", [2, 3], ids=["same_step", "next_step"])
-def test_killed_around_a_phase(server, output_dir, step, phase, when):
-    kill(server, write_and_die, output_dir, step, NEW, phase, when)
-    exists = phase == "remove_set_aside" or (phase, when) == ("rename", "after")
-    check_aftermath(output_dir, step, exists)
+@STEPS
+def test_killed_before_a_phase(server, output_dir, step, phase):
+    kill(server, write_and_die, output_dir, step, NEW, phase, "before")
+    check_aftermath(output_dir, step, exists=phase == "remove_set_aside")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "data.json", "manifest.json", "done-0-of-1.json"])
-@pytest.mark.parametrize("step", [2, 3], ids=["same_step", "next_step"])
+@STEPS
+def test_killed_at_the_very_end(server, output_dir, step):
+    kill(server, write_and_die, output_dir, step, NEW, PHASES[-1], "after")
+    check_aftermath(output_dir, step, exists=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+@STEPS
 def test_killed_with_half_a_file_written(server, output_dir, step, name):
     kill(server, write_and_die_in_a_file, output_dir, step, NEW, name)
     check_aftermath(output_dir, step, exists=False)

@@ -309,3 +309,17 @@ def test_only_rank_zero_writes(tmp_path):
     writer = CheckpointWriter(tmp_path, 1, rank=1, world_size=2)
     write_optimizer(writer, torch.optim.AdamW(groups_of(net())), {})
     assert not list((writer.path / "state").iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"fused": True}, {"capturable": True}, {"foreach": True}])
+def test_state_on_a_device_comes_back_there(tmp_path, settings):
+    model = net().cuda()
+    optimizer = torch.optim.AdamW(groups_of(model), **settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    other = torch.optim.AdamW(groups_of(model), **settings)
+    load_optimizer(other, names_of(model), save(optimizer, model, tmp_path))
+    assert_same_state(other, optimizer)
+    other.step()

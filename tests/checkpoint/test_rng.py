@@ -1,0 +1,131 @@
+"""Generators continue bit for bit in the same world, and by a rule in another."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neox_hf.checkpoint import CheckpointWriter, open_checkpoint, restore_rng, rng_state, write_rng
+from neox_hf.checkpoint.rng import set_rng_state
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draw() -> list[float]:
+    """Numbers of every generator. The normal ones come in pairs, of which the generators keep the second."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        *torch.rand(2).tolist(),
+        *torch.randn(3).tolist(),
+    ]
+
+
+def write(output_dir: Path, world_size: int = 1) -> Path:
+    meeting = threading.Barrier(world_size, timeout=30)
+
+    def run(rank: int) -> Path:
+        writer = CheckpointWriter(output_dir, 6, rank=rank, world_size=world_size, barrier=meeting.wait)
+        write_rng(writer)
+        return writer.commit()
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(run, range(world_size)))[0]  # noqa: RUF015 - all ranks must be waited for
+
+
+def test_every_generator_continues(tmp_path):
+    seed_all(5)
+    draw()
+    path = write(tmp_path)
+    wanted = [draw() for _ in range(4)]
+    seed_all(6)
+    restore_rng(open_checkpoint(path))
+    assert [draw() for _ in range(4)] == wanted
+
+
+def test_reading_the_state_changes_nothing():
+    seed_all(5)
+    state = rng_state()
+    wanted = draw()
+    set_rng_state(state)
+    assert draw() == wanted
+
+
+def test_each_rank_has_its_own_file(tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path, world_size=2))
+    for rank in range(2):
+        assert checkpoint.has(f"state/rng-{rank}-of-2.safetensors")
+        restore_rng(checkpoint, rank=rank, world_size=2)
+
+
+def drawn_after_restore(checkpoint, rank: int, world_size: int) -> list[float]:
+    seed_all(99)
+    restore_rng(checkpoint, rank=rank, world_size=world_size)
+    return draw()
+
+
+def test_another_world_is_seeded_by_a_rule_and_says_so(tmp_path, caplog):
+    seed_all(5)
+    first = open_checkpoint(write(tmp_path / "a", world_size=2))
+    seed_all(6)
+    second = open_checkpoint(write(tmp_path / "b", world_size=2))
+    drawn = {
+        (name, rank, world): drawn_after_restore(checkpoint, rank, world)
+        for name, checkpoint in (("first", first), ("second", second))
+        for rank, world in ((0, 1), (0, 4), (1, 4), (3, 4))
+    }
+    assert len({tuple(numbers) for numbers in drawn.values()}) == len(drawn)
+    assert drawn_after_restore(first, 3, 4) == drawn["first", 3, 4]
+    assert "was written by 2 processes, this run has 4: rank 3 seeds" in caplog.text
+
+
+@pytest.mark.gpu
+def test_the_device_generator_continues(tmp_path):
+    path = write(tmp_path)
+    wanted = torch.rand(4, device="cuda").tolist()
+    torch.cuda.manual_seed(0)
+    restore_rng(open_checkpoint(path))
+    assert torch.rand(4, device="cuda").tolist() == wanted
+
+
+class FakeCuda:
+    """Stands in for a device: what was read from and written to its generator."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.state, self.seed = torch.arange(16, dtype=torch.uint8), None
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_rng_state", lambda: self.state)
+        monkeypatch.setattr("torch.cuda.set_rng_state", lambda state: setattr(self, "state", state))
+        monkeypatch.setattr("torch.cuda.manual_seed", lambda seed: setattr(self, "seed", seed))
+
+
+def test_a_device_state_is_saved_and_set(tmp_path, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    path = write(tmp_path)
+    cuda.state = None
+    restore_rng(open_checkpoint(path))
+    assert torch.equal(cuda.state, torch.arange(16, dtype=torch.uint8))
+    assert cuda.seed is None
+
+
+def test_from_a_host_to_a_device_and_back(tmp_path, monkeypatch, caplog):
+    seed_all(5)
+    checkpoint = open_checkpoint(write(tmp_path / "host"))
+    with monkeypatch.context() as patch:
+        cuda = FakeCuda(patch)
+        restore_rng(checkpoint)
+        assert f"its generator is seeded with {cuda.seed}" in caplog.text
+        device = open_checkpoint(write(tmp_path / "device"))
+    wanted = draw()
+    restore_rng(device)
+    assert draw() == wanted
