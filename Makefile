@@ -36,7 +36,7 @@ style: install
 	$(BIN)/ruff format .
 
 bench: install
-	$(BIN)/python scripts/bench_trainer_overhead.py
+	$(BIN)/python scripts/bench_trainer.py --config recipes/demo.yaml --against bare
 	$(BIN)/python scripts/bench_tokenization.py
 
 clean:

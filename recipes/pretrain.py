@@ -7,7 +7,8 @@ python recipes/pretrain.py --config recipes/neox_20b.yaml --dry-run
 
 import sys
 
-from neox_hf.training.command_line import dry_run_report, exit_on_user_error, parse_command_line
+from neox_hf.training.command_line import exit_on_user_error, parse_command_line
+from neox_hf.training.dry_run import dry_run_report
 from neox_hf.training.pretraining import pretrain
 from neox_hf.training.recipe import load_recipe
 

@@ -43,6 +43,7 @@ class NeoXTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default_factory=list)
     include_num_input_tokens_seen: str | bool = "no"
     average_tokens_across_devices: bool = True
+    ddp_find_unused_parameters: bool | None = False
     remove_unused_columns: bool | None = False
 
     def __post_init__(self) -> None:

@@ -3,18 +3,10 @@
 import math
 
 from neox_hf.config import dump_yaml
-from neox_hf.data.settings import TokenizerSettings
 from neox_hf.modeling.accounting import parameter_count
 from neox_hf.modeling.settings import model_config
 from neox_hf.training.recipe import Recipe, launched_world_size
-
-BYTE_TOKENS = 257
-"""256 bytes and the end-of-document token."""
-
-
-def known_tokens(tokenizer: TokenizerSettings) -> int | None:
-    """Tokens that the tokenizer will have, where its settings alone tell."""
-    return {"trained": tokenizer.vocab_size, "byte": BYTE_TOKENS}.get(tokenizer.kind)
+from neox_hf.training.recipe_checks import known_tokens
 
 
 def parameters_in_words(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from neox_hf.checkpoint import Checkpoint, OptimizerBoxes, load_optimizer, optimizer_boxes
+from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.precision import Precision
@@ -29,11 +29,11 @@ class Engine(Protocol):
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         """Loss over `batches`, a sized iterable with the same length on every rank."""
 
-    def boxes(self) -> OptimizerBoxes:
-        """What the optimizer must remember, by parameter."""
+    def save_boxes(self, writer: CheckpointWriter) -> None:
+        """Write what this rank holds of the optimizer's state. Every rank calls it."""
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:
-        """Give the optimizer back what `boxes` gave."""
+        """Give the optimizer back what `save_boxes` wrote, under whatever layout."""
 
     def close(self) -> None:
         """Release what `prepare` took."""
@@ -62,11 +62,11 @@ class NativeEngine:
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         return Trainer.evaluation_loop(self.trainer, batches, **loop)
 
-    def boxes(self) -> OptimizerBoxes:
-        return optimizer_boxes(self._optimizer(), self._names())
+    def save_boxes(self, writer: CheckpointWriter) -> None:
+        write_optimizer(writer, self._optimizer(), hf_names(self.trainer.model))
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:
-        load_optimizer(self._optimizer(), self._names(), checkpoint)
+        load_optimizer(self._optimizer(), hf_names(self.trainer.model), checkpoint)
 
     def close(self) -> None:
         self.trainer.accelerator.free_memory()
@@ -74,6 +74,3 @@ class NativeEngine:
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.trainer.optimizer
         return getattr(optimizer, "optimizer", optimizer)
-
-    def _names(self) -> dict[nn.Parameter, str]:
-        return {parameter: name for name, parameter in self.trainer.model.named_parameters()}

@@ -93,8 +93,8 @@ def optimizer_class(
     cls, kwargs = stock
     if cls is not torch.optim.AdamW:
         raise RecipeError(
-            f"train.optim={str(args.optim.value)!r} has no fp32 master weights, which train.precision={args.precision!r} keeps; "
-            "use adamw_torch_fused or adamw_torch, or train.precision=amp"
+            f"train.optim={str(args.optim.value)!r} has no fp32 master weights, which "
+            f"train.precision={args.precision!r} keeps; use adamw_torch_fused or adamw_torch, or train.precision=amp"
         )
     kept = {name: kwargs[name] for name in ("lr", "betas", "eps") if name in kwargs}
     return MasterAdamW, {**kept, "fused": bool(kwargs.get("fused"))}

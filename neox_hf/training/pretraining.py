@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from neox_hf.checkpoint import OutputLock
 from neox_hf.checkpoint.directory import finished_checkpoints
@@ -25,6 +26,7 @@ from neox_hf.training.trainer import NeoXTrainer
 logger = logging.getLogger(__name__)
 
 STOPPED_BY_SIGNAL = 143
+SECONDS_TO_PUSH_AFTER_A_SIGNAL = 5.0
 
 
 def pretrain(recipe: Recipe) -> int:
@@ -34,16 +36,22 @@ def pretrain(recipe: Recipe) -> int:
     Raises:
         RecipeError, TopologyError, DataError, CheckpointError, DivergenceError: see `neox_hf.errors`.
     """
+    disable_progress_bar()  # of writing shards; training's own is HF's callback
     args = recipe.training_arguments()
     topology = Topology.from_world(args.world_size, args.process_index)
     with ExitStack() as held:
         _take_output_dir(args, topology, held)
         trainer = build_trainer(recipe, args, topology)
         trainer.train(args.resume_from_checkpoint)
-        if trainer.stop_signal:
-            logger.warning("stopped by signal %d after saving step %d", trainer.stop_signal, trainer.state.global_step)
-            return STOPPED_BY_SIGNAL
-        return finish_run(trainer, recipe)
+        return stop_run(trainer) if trainer.stop_signal else finish_run(trainer, recipe)
+
+
+def stop_run(trainer: NeoXTrainer) -> int:
+    """End after a stop signal. The launcher kills soon, so uploads get little time; they stay queued on disk."""
+    logger.warning("stopped by signal %d after saving step %d", trainer.stop_signal, trainer.state.global_step)
+    if trainer.publisher is not None:
+        print(trainer.publisher.close(SECONDS_TO_PUSH_AFTER_A_SIGNAL))
+    return STOPPED_BY_SIGNAL
 
 
 def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topology) -> NeoXTrainer:

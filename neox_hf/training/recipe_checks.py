@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -19,14 +20,34 @@ from neox_hf.parallel.settings import ParallelSettings
 
 NOT_YET = "is not available yet; this release trains with data parallelism"
 
+BYTE_TOKENS = 257
+"""256 bytes and the end-of-document token."""
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """Keys that a kind of tokenizer needs, each with what to write; keys it may have; its smallest vocabulary."""
+
+    needs: dict[str, str] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    fewest_tokens: int = 0
+
+
+TOKENIZER_KINDS = {
+    "pretrained": TokenizerKind({"path": "a folder, a tokenizer.json or a Hub id"}, takes=("revision",)),
+    "trained": TokenizerKind({"vocab_size": "the number of tokens to learn"}, fewest_tokens=BYTE_TOKENS),
+    "byte": TokenizerKind(),
+    "char": TokenizerKind(takes=("vocab_size",), fewest_tokens=BYTE_TOKENS + 1),
+}
+
 NEOX_SCHEDULE_KEYS = ("lr_warmup_fraction", "lr_decay_steps", "min_lr")
 HF_SCHEDULE_KEYS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 
 def changed(settings: Any, key: str) -> bool:
     """Whether a value differs from its default. That it was written says nothing: a resolved recipe writes all."""
-    field = next(field for field in dataclasses.fields(settings) if field.name == key)
-    return getattr(settings, key) != field.default
+    default = next(entry.default for entry in dataclasses.fields(settings) if entry.name == key)
+    return getattr(settings, key) != default
 
 
 def did_you_mean(name: str, names: Any) -> str:
@@ -52,10 +73,10 @@ def model_problems(model: ModelSettings, data: DataSettings, tokenizer: Tokenize
     if data.seq_length > positions:
         message = f"is longer than model.max_position_embeddings = {positions}; shorten the samples or raise that"
         yield Problem(("data", "seq_length"), data.seq_length, message)
-    vocabulary, tokens = effective("vocab_size"), tokenizer.vocab_size
+    vocabulary, tokens = effective("vocab_size"), known_tokens(tokenizer)
     if vocabulary is not None and tokens is not None and tokens > vocabulary:
-        message = f"is more than model.vocab_size = {vocabulary}; make the tokenizer smaller or that larger"
-        yield Problem(("tokenizer", "vocab_size"), tokens, message)
+        message = f"is less than the {tokens} tokens of the tokenizer; make it larger or the tokenizer smaller"
+        yield Problem(("model", "vocab_size"), vocabulary, message)
 
 
 def _model_origin_problems(model: ModelSettings) -> Iterator[Problem]:
@@ -105,17 +126,22 @@ def _shape_problems(hidden: int | None, heads: int | None, rotary_pct: float) ->
 
 
 def tokenizer_problems(tokenizer: TokenizerSettings) -> Iterator[Problem]:
-    wanted = {"pretrained": ("path",), "trained": ("vocab_size",)}.get(tokenizer.kind, ())
-    examples = {"path": "a folder, a tokenizer.json or a Hub id", "vocab_size": "the number of tokens to learn"}
-    for key, example in examples.items():
-        value = getattr(tokenizer, key)
-        if key in wanted and value is None:
+    kind = TOKENIZER_KINDS[tokenizer.kind]
+    for key, example in kind.needs.items():
+        if getattr(tokenizer, key) is None:
             yield Problem(("tokenizer", key), None, f"is needed by kind = {tokenizer.kind}: {example}")
-        if key not in wanted and value is not None:
+    for key in ("path", "revision", "vocab_size"):
+        value = getattr(tokenizer, key)
+        if value is not None and key not in kind.needs and key not in kind.takes:
             yield Problem(("tokenizer", key), value, f"means nothing to kind = {tokenizer.kind}; remove it")
-    if tokenizer.revision is not None and tokenizer.kind != "pretrained":
-        message = f"means nothing to kind = {tokenizer.kind}; remove it"
-        yield Problem(("tokenizer", "revision"), tokenizer.revision, message)
+        elif key == "vocab_size" and value is not None and value < kind.fewest_tokens:
+            message = f"must be at least {kind.fewest_tokens} for kind = {tokenizer.kind}"
+            yield Problem(("tokenizer", "vocab_size"), value, message)
+
+
+def known_tokens(tokenizer: TokenizerSettings) -> int | None:
+    """Tokens that the tokenizer will have, where its settings alone tell."""
+    return {"trained": tokenizer.vocab_size, "byte": BYTE_TOKENS}.get(tokenizer.kind)
 
 
 def data_problems(data: DataSettings, evaluates: bool) -> Iterator[Problem]:

@@ -50,7 +50,6 @@ LIMITS: dict[str, dict[str, Limit]] = {
         "attention_dropout": PROBABILITY,
         "initializer_range": POSITIVE,
     },
-    "tokenizer": {"vocab_size": Limit(at_least=257)},  # 256 bytes and the end-of-document token
     "data": {
         "eval_fraction": PROBABILITY,
         "eval_samples": COUNT,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from neox_hf.checkpoint.directory import finished_path
+from neox_hf.checkpoint.directory import finished_checkpoints, finished_path, step_of
 from neox_hf.checkpoint.hub import CardFacts, model_card, plot_loss_curve
 from neox_hf.modeling.accounting import parameter_count
 from neox_hf.training.provenance import versions
@@ -56,7 +56,7 @@ def finish_run(trainer: NeoXTrainer, recipe: Recipe) -> int:
     code = 0
     if trainer.publisher is not None:
         trainer.publisher.publish_final(output_dir)
-        report = trainer.publisher.close(recipe.hub.patience_seconds)
+        report = trainer.publisher.close(recipe.hub.wait_at_end)
         print(report)
         code = 1 if report.pending and recipe.hub.require_push else 0
     _tell(trainer, output_dir)
@@ -77,6 +77,7 @@ def card_facts(trainer: NeoXTrainer, recipe: Recipe) -> CardFacts:
         model_type=config.model_type,
         architecture={name: getattr(config, name) for name in ARCHITECTURE},
         hyperparameters={name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
+        revisions=[f"step{step_of(path)}" for path in reversed(finished_checkpoints(output_dir))],
         eval_loss=(evaluation_losses(trainer) or [None])[-1],
         loss_curve=LOSS_CURVE,
         versions=versions(),

@@ -2,7 +2,7 @@
 
 Weights and optimizer are boxes of HF tensors; everything else is JSON or, for random states, plain tensors:
 
-    state/optimizer-<slot>-*.safetensors   master weights and moments
+    state/optimizer*                       master weights, moments, steps and hyper-parameters
     state/data.json                        position of every stream, counted in samples
     state/scheduler.json, state/rng-*      learning-rate schedule; one random state per rank
     trainer_state.json                     HF's own, with its log history
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from transformers.trainer_callback import ExportableState
 
-from neox_hf.checkpoint import Checkpoint, CheckpointWriter, prune, restore_rng, rng_state, write_optimizer, write_rng
+from neox_hf.checkpoint import Checkpoint, CheckpointWriter, prune, restore_rng, write_rng
 from neox_hf.data import merge_states
 from neox_hf.training.save_schedule import is_protected
 
@@ -54,9 +54,8 @@ class RunState:
         if topology.rank == 0:
             self._write_documents(writer, data)
         if not trainer.args.save_only_model:
-            if topology.rank == 0:
-                write_optimizer(writer, trainer.engine.boxes())
-            write_rng(writer, rng_state())
+            trainer.engine.save_boxes(writer)
+            write_rng(writer)
         path = writer.commit(self._facts())
         if topology.rank == 0:
             self._rotate()
@@ -72,7 +71,8 @@ class RunState:
 
     def load_rng(self, checkpoint: Checkpoint) -> None:
         """Give this rank its random states back, last before the first step."""
-        restore_rng(checkpoint, self.trainer.topology.rank, self.trainer.topology.world_size)
+        topology = self.trainer.topology
+        restore_rng(checkpoint, rank=topology.rank, world_size=topology.world_size)
 
     def _write_documents(self, writer: CheckpointWriter, data: dict[str, Any] | None) -> None:
         trainer = self.trainer
@@ -87,7 +87,7 @@ class RunState:
             writer.write_bytes(relative_path, text.encode())
 
     def _gather_data_state(self) -> dict[str, Any] | None:
-        """The position of all streams, on rank 0. Tensor and pipeline peers read the same streams: one of them tells."""
+        """The position of all streams, on rank 0."""
         trainer = self.trainer
         if trainer.loader is None:
             return None

@@ -19,11 +19,11 @@ from collections.abc import Callable
 HALVING = 0.693
 
 
-def _constant(progress: float, peak: float, floor: float) -> float:  # noqa: ARG001 - one signature for all styles
+def _constant(progress: float, peak: float, floor: float) -> float:
     return peak
 
 
-def _linear(progress: float, peak: float, floor: float) -> float:  # noqa: ARG001
+def _linear(progress: float, peak: float, floor: float) -> float:
     return peak * (1.0 - progress)
 
 
@@ -31,7 +31,7 @@ def _cosine(progress: float, peak: float, floor: float) -> float:
     return floor + 0.5 * (peak - floor) * (math.cos(math.pi * progress) + 1.0)
 
 
-def _exponential(progress: float, peak: float, floor: float) -> float:  # noqa: ARG001
+def _exponential(progress: float, peak: float, floor: float) -> float:
     return peak * math.exp(-HALVING * progress)
 
 
@@ -43,9 +43,7 @@ DECAY_STYLES: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
-def learning_rate(
-    step: int, *, style: str, peak: float, floor: float, warmup_steps: float, decay_steps: int
-) -> float:
+def learning_rate(step: int, *, style: str, peak: float, floor: float, warmup_steps: float, decay_steps: int) -> float:
     """Learning rate of the optimizer step after `step` steps have been done.
 
     Raises:

@@ -54,7 +54,9 @@ class Throughput:
         self._since: float | None = None
 
     def start(self) -> None:
-        self._since = time.perf_counter()
+        """Go on, unless it is running already."""
+        if self._since is None:
+            self._since = time.perf_counter()
 
     def pause(self) -> None:
         if self._since is not None:
@@ -72,7 +74,7 @@ class Throughput:
         per_second = self._tokens / self._seconds if self._seconds else 0.0
         tflops = per_second * self.flops_per_token / 1e12
         figures = {
-            "tokens_per_second": round(per_second * devices, 1),
+            "tokens_per_second": round(per_second * devices),
             "tflops_per_device": round(tflops, 4),
             "mfu": round(tflops / self.peak_tflops, 4),
             "memory_gib": round(self._memory_gib(), 3),

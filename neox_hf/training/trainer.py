@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, open_checkpoint, write_final
 from neox_hf.checkpoint.hub import HubPublisher
-from neox_hf.data import StreamLoader, TokenStream
+from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.modeling.accounting import flops_per_token
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
@@ -103,7 +103,7 @@ class NeoXTrainer(Trainer):
 
     def num_examples(self, dataloader: Any) -> int:
         if isinstance(dataloader, EvaluationBatches):
-            return dataloader.samples
+            return len(dataloader) * dataloader.batch_size * self.topology.data
         return super().num_examples(dataloader)
 
     def get_total_train_batch_size(self, args: NeoXTrainingArguments) -> int:

@@ -22,12 +22,7 @@ ALLOWED = {
 FILES_THAT_MAY_IMPORT = {
     "deepspeed": set(),
     "datasets": {"data/hub_source.py"},
-    "huggingface_hub": {
-        "checkpoint/hub/allow_list.py",
-        "checkpoint/hub/faults.py",
-        "checkpoint/hub/model_card.py",
-        "checkpoint/hub/remote.py",
-    },
+    "huggingface_hub": {"checkpoint/hub/model_card.py", "checkpoint/hub/remote.py", "modeling/configuration.py"},
 }
 
 
