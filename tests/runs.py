@@ -18,9 +18,27 @@ from safetensors.torch import load_file
 from tests.gloo import PRELOAD, free_port
 
 TIMEOUT_SECONDS = 200
-WORDS = (
-    ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "brew", "a", "strange", "purple", "potion", "near", "old", "mills"]
-)
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dogs",
+    "while",
+    "seven",
+    "wizards",
+    "brew",
+    "a",
+    "strange",
+    "purple",
+    "potion",
+    "near",
+    "old",
+    "mills",
+]
 
 
 class Runs:

@@ -40,7 +40,7 @@ class NeoXTrainingArguments(TrainingArguments):
     ignore_data_skip: bool = True
     logging_nan_inf_filter: bool = False
     logging_first_step: bool = True
-    report_to: None | str | list[str] = field(default_factory=list)
+    report_to: str | list[str] | None = field(default_factory=list)
     include_num_input_tokens_seen: str | bool = "no"
     average_tokens_across_devices: bool = True
     ddp_find_unused_parameters: bool | None = False
