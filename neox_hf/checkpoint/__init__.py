@@ -1,6 +1,7 @@
 """Checkpoints: a directory that is a Hub repository and resumable at once."""
 
 from neox_hf.checkpoint.boxes import Box, BoxReader, fill_boxes
+from neox_hf.checkpoint.directory import recover
 from neox_hf.checkpoint.final import write_final
 from neox_hf.checkpoint.lock import OutputLock
 from neox_hf.checkpoint.manifest import FileRecord, Manifest
@@ -30,6 +31,7 @@ __all__ = [
     "optimizer_boxes",
     "prune",
     "read_manifest",
+    "recover",
     "restore_rng",
     "rng_state",
     "verify_checkpoint",
