@@ -121,12 +121,12 @@ def check_world(arguments: NeoXTrainingArguments, launched: int) -> None:
         raise TopologyError(
             f"{launched} processes were launched, but this one is in a world of {arguments.world_size}: each would "
             f"train alone; launch with `torchrun --nproc_per_node {launched} recipes/pretrain.py --config ...` or with "
-            f"`accelerate launch --num_processes {launched} recipes/pretrain.py --config ...`"
+            f"`accelerate launch --multi_gpu --num_processes {launched} recipes/pretrain.py --config ...`"
         )
     if arguments.n_gpu > 1:
         raise TopologyError(
             f"one process was started on a host with {arguments.n_gpu} GPUs; launch one for each with "
-            f"`accelerate launch --num_processes {arguments.n_gpu} recipes/pretrain.py --config ...`, "
+            f"`accelerate launch --multi_gpu --num_processes {arguments.n_gpu} recipes/pretrain.py --config ...`, "
             "or choose a single GPU with CUDA_VISIBLE_DEVICES=0"
         )
 

@@ -160,7 +160,7 @@ def test_the_world_is_the_one_that_was_launched():
     assert str(error.value) == (
         "4 processes were launched, but this one is in a world of 1: each would train alone; launch with "
         "`torchrun --nproc_per_node 4 recipes/pretrain.py --config ...` or with "
-        "`accelerate launch --num_processes 4 recipes/pretrain.py --config ...`"
+        "`accelerate launch --multi_gpu --num_processes 4 recipes/pretrain.py --config ...`"
     )
 
 
@@ -169,6 +169,6 @@ def test_one_process_drives_one_gpu():
         check_world(World(1, n_gpu=8), 1)
     assert str(error.value) == (
         "one process was started on a host with 8 GPUs; launch one for each with "
-        "`accelerate launch --num_processes 8 recipes/pretrain.py --config ...`, "
+        "`accelerate launch --multi_gpu --num_processes 8 recipes/pretrain.py --config ...`, "
         "or choose a single GPU with CUDA_VISIBLE_DEVICES=0"
     )

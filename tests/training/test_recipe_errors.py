@@ -105,6 +105,13 @@ CASES = [
     ("tokenizer={kind: trained}", f"tokenizer.vocab_size = null: {A_SIZE}"),
     ("tokenizer.path=x", 'tokenizer.path = "x": means nothing to kind = byte; remove it'),
     ("tokenizer.vocab_size=300", "tokenizer.vocab_size = 300: means nothing to kind = byte; remove it"),
+    ("tokenizer={kind: char, path: x}", 'tokenizer.path = "x": means nothing to kind = char; remove it'),
+    (
+        "tokenizer={kind: trained, vocab_size: 256}",
+        "tokenizer.vocab_size = 256: must be at least 257 for kind = trained",
+    ),
+    ("tokenizer={kind: char, vocab_size: 257}", "tokenizer.vocab_size = 257: must be at least 258 for kind = char"),
+    ("model.vocab_size=256", "model.vocab_size = 256: is less than the 257 tokens of the tokenizer; make it larger or"),
     ("tokenizer.revision=x", 'tokenizer.revision = "x": means nothing to kind = byte; remove it'),
     (
         "tokenizer.kind=bytes",
@@ -184,8 +191,8 @@ PAIRS = [
     ),
     (
         ["model=pythia-14m", "tokenizer={kind: trained, vocab_size: 60000}"],
-        "tokenizer.vocab_size = 60000: is more than model.vocab_size = 50304; "
-        "make the tokenizer smaller or that larger",
+        "model.vocab_size = 50304: is less than the 60000 tokens of the tokenizer; "
+        "make it larger or the tokenizer smaller",
     ),
     (
         ["model=pythia-14m", "data.seq_length=4096"],
@@ -212,6 +219,9 @@ def test_values_that_do_not_go_together(base, overrides, message):
         ["model.attn_implementation=kernels-community/flash-attn"],
         ["hub.push=true", "hub.repo_id=me/it", "hub.require_push=true"],
         ["train.save_schedule=[0, 1, 7]"],
+        ["tokenizer={kind: char}"],
+        ["tokenizer={kind: char, vocab_size: 300}"],
+        ["tokenizer={kind: pretrained, path: x, revision: main}"],
     ],
 )
 def test_values_that_do_go_together(base, overrides):
