@@ -24,7 +24,8 @@ class GPTNeoXConfig(TransformersGPTNeoXConfig):
     of `rope_parameters`, and are always written beside it, because older readers know no other.
 
     Raises:
-        ValueError: a field has the wrong type or an impossible value.
+        StrictDataclassError: a field has the wrong type or an impossible value (huggingface_hub's, as for every
+            configuration of transformers); also when it is saved.
     """
 
     # transformers' default plan names a Llama's modules.

@@ -1,0 +1,79 @@
+"""When a mask is built, and what documents it separates."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from neox_hf.modeling.masks import causal_mask, flash_documents
+
+LENGTH = 8
+
+
+def filled_cache(model, tokens):
+    return model(tokens(length=LENGTH), use_cache=True).past_key_values
+
+
+def mask_of(config, attention_mask=None, position_ids=None, cache=None, length=LENGTH):
+    return causal_mask(config, torch.zeros(2, length, config.hidden_size), attention_mask, position_ids, cache)
+
+
+def test_no_mask_where_is_causal_says_it(make_model, tokens):
+    model = make_model()
+    config = model.config
+    assert mask_of(config) is None
+    assert mask_of(config, cache=DynamicCache(config=config)) is None
+    assert mask_of(config, cache=filled_cache(model, tokens), length=1) is None
+    assert mask_of(config, attention_mask=torch.ones(2, LENGTH)) is None
+    assert mask_of(config, position_ids=torch.arange(LENGTH)[None]) is None
+
+
+def test_a_mask_where_it_does_not(make_model, tokens):
+    model = make_model()
+    config = model.config
+    padded = torch.ones(2, LENGTH)
+    padded[0, 0] = 0
+    assert mask_of(config, attention_mask=padded).shape == (2, 1, LENGTH, LENGTH)
+    assert mask_of(config, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])).shape == (2, 1, LENGTH, LENGTH)
+    assert mask_of(config, cache=filled_cache(model, tokens), length=2).shape == (2, 1, 2, LENGTH + 2)
+    static = StaticCache(config=config, max_cache_len=16)
+    assert mask_of(config, cache=static, length=1).shape == (2, 1, 1, 16)
+
+
+def test_bidirectional_attention_is_not_taken_for_causal(make_model, tokens):
+    model = make_model()
+    ids = tokens()
+    changed = ids.clone()
+    changed[:, -1] += 1
+    causal = [model(x, use_cache=False).logits[:, 0] for x in (ids, changed)]
+    both = [model(x, use_cache=False, is_causal=False).logits[:, 0] for x in (ids, changed)]
+    assert torch.equal(*causal)
+    assert not torch.allclose(*both)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_documents_do_not_see_each_other(attention, training, make_model, tokens, uncompiled):
+    """Also with the cache that a forward pass makes by default."""
+    model = make_model(attention=attention).train(training)
+    ids = tokens()
+    positions = torch.tensor([[*range(5), *range(11)], [*range(9), *range(7)]])
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions).logits
+        for row, cut in enumerate((5, 9)):
+            for part in (slice(0, cut), slice(cut, 16)):
+                alone = model(ids[row : row + 1, part]).logits
+                assert torch.allclose(packed[row : row + 1, part], alone, atol=1e-5)
+
+
+def test_flash_attention_is_told_the_documents_of_every_row(make_model):
+    config = make_model().config
+    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 1, 2]])
+    assert flash_documents(config, None, positions, None) == {}  # sdpa gets a mask
+    config._attn_implementation_internal = "flash_attention_2"
+    told = flash_documents(config, None, positions, None)
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 5, 7, 10]
+    assert told["cu_seq_lens_q"].dtype == torch.int32
+    assert told["max_length_q"] == told["max_length_k"] == 3
+    assert flash_documents(config, None, torch.arange(5).repeat(2, 1), None) == {}
+    assert flash_documents(config, torch.ones(2, 5), positions, None) == {}
+    assert flash_documents(config, None, None, None) == {}
