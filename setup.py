@@ -1,5 +1,6 @@
 """Package metadata. Tool settings are in pyproject.toml; the tested versions are pinned in constraints.txt."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -33,7 +34,7 @@ EXTRAS = {
 
 setup(
     name="neox_hf",
-    version="0.1.0",
+    version=runpy.run_path(str(Path(__file__).with_name("neox_hf") / "version.py"))["VERSION"],
     description="GPT-NeoX inside the Hugging Face ecosystem: pretraining without a conversion step",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -5,7 +5,6 @@ for, so a script that only loads a model pays for nothing else.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 from neox_hf.modeling import (
@@ -21,6 +20,7 @@ from neox_hf.modeling import (
     preset_config,
     register,
 )
+from neox_hf.version import VERSION as __version__
 
 LAZY = {
     "NeoXTrainer": "neox_hf.training.trainer",
@@ -32,8 +32,6 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("neox_hf")  # from the installed package: setup.py is the one place that says it
     if name not in LAZY:
         raise AttributeError(f"module 'neox_hf' has no attribute {name!r}")
     return getattr(import_module(LAZY[name]), name)

@@ -4,10 +4,8 @@ Everything goes into `tmp-checkpoint-N/`. The commit makes it durable, lists it 
 phase is a method of its own, so that a test can kill the process in any of them.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,8 +42,7 @@ from neox_hf.checkpoint.manifest import FileRecord, Manifest
 from neox_hf.checkpoint.verify import is_safe
 from neox_hf.checkpoint.weights import SHARD_SIZE, save_weights
 from neox_hf.errors import CheckpointError
-
-RECORDED_VERSIONS = ("neox_hf", "torch", "transformers", "safetensors", "numpy")
+from neox_hf.version import versions
 
 
 class CheckpointWriter:
@@ -165,7 +162,7 @@ class CheckpointWriter:
             step=self.step,
             world_size=self.world_size,
             metadata=metadata,
-            versions=library_versions(),
+            versions=versions(),
             files=tuple(files[path] for path in sorted(files)),
         )
         write_durably(self.path / MANIFEST, manifest.to_bytes())
@@ -215,10 +212,3 @@ class CheckpointWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
         self._written.add(relative_path)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what decides the bytes of a checkpoint."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in RECORDED_VERSIONS
-    }

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from neox_hf.checkpoint import OutputLock
-from neox_hf.checkpoint.directory import finished_checkpoints
+from neox_hf.checkpoint.directory import finished_checkpoints, recover
 from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.data import TokenStream, build_tokenizer, evaluation_batches
 from neox_hf.errors import CheckpointError
@@ -98,6 +98,7 @@ def _take_output_dir(args: NeoXTrainingArguments, topology: Topology, held: Exit
 
     def take() -> None:
         held.callback(lock.acquire().release)
+        recover(Path(args.output_dir))
         earlier = finished_checkpoints(Path(args.output_dir))
         if earlier and not args.resume_from_checkpoint:
             raise CheckpointError(

@@ -1,6 +1,5 @@
 """Where a run came from: its resolved recipe, the versions it ran with, and the state of its source tree."""
 
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -12,18 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-RECORDED = (
-    "neox_hf",
-    "torch",
-    "triton",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "tokenizers",
-    "huggingface-hub",
-    "safetensors",
-)
+from neox_hf.version import versions
 
 
 def run_documents(recipe: dict[str, Any]) -> dict[str, str]:
@@ -38,17 +26,6 @@ def run_documents(recipe: dict[str, Any]) -> dict[str, str]:
         "recipe.yaml": yaml.safe_dump(recipe, sort_keys=False),
         "run.json": json.dumps(facts, indent=2) + "\n",
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of each recorded package that is installed."""
-    found = {"python": platform.python_version()}
-    for name in RECORDED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

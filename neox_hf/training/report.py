@@ -7,9 +7,9 @@ import torch
 from neox_hf.checkpoint.directory import finished_checkpoints, finished_path, step_of
 from neox_hf.checkpoint.hub import CardFacts, model_card, plot_loss_curve
 from neox_hf.modeling.accounting import parameter_count
-from neox_hf.training.provenance import versions
 from neox_hf.training.recipe import Recipe
 from neox_hf.training.trainer import NeoXTrainer
+from neox_hf.version import versions
 
 LOSS_CURVE = "loss_curve.png"
 PROMPT_TOKENS, SAMPLE_TOKENS = 16, 64
