@@ -1,7 +1,7 @@
 """Which rows of a source belong to which logical stream, epoch after epoch.
 
-A *turn* is the ordinal of the part, within its epoch, that a stream is in. Two rules, chosen by the source and the number of
-streams alone:
+A *turn* is the ordinal of the part, within its epoch, that a stream is in. Two rules, chosen by the
+source and the number of streams alone:
 
 - `OwnedParts`: the parts of a source are dealt to the streams. For documents, spans, and as many files as streams.
 - `DealtRows`: there are fewer sequential files than streams, so their rows are dealt. Each process reads the files
@@ -141,7 +141,7 @@ def _is_before(cursor: Cursor, start: Cursor) -> bool:
 def assign(
     source: Source, order: Order, streams: int, starts: Mapping[int, Cursor], owned: Collection[int]
 ) -> Assignment:
-    """The rule for a source: `owned` are this process's streams, `starts` the cursors of those not at their beginning."""
+    """The rule for a source. `owned`: this process's streams; `starts`: cursors of those not at their beginning."""
     if source.sequential and source.parts < streams:
         return DealtRows(source, order, streams, starts, owned)
     return OwnedParts(source, order, streams, starts)

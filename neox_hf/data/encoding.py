@@ -44,8 +44,7 @@ class DocumentEncoder:
         for document in documents:
             is_short = len(document.text) <= PIECE_CHARACTERS
             ids = np.array(next(encodings).ids, np.int32) if is_short else self._encode_long(document.text)
-            if ids.size and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
-                self._refuse(ids, document)
+            self.check(ids, document)
             arrays += [ids, end]
             lengths.append(len(ids) + 1)
         return np.concatenate(arrays), lengths
@@ -54,7 +53,10 @@ class DocumentEncoder:
         pieces = (self._tokenizer.encode_batch_fast([piece], add_special_tokens=False) for piece in text_pieces(text))
         return np.concatenate([np.array(piece[0].ids, np.int32) for piece in pieces])
 
-    def _refuse(self, ids: np.ndarray, document: Document) -> None:
+    def check(self, ids: np.ndarray, document: Document) -> None:
+        """Raises DataError for an id outside [0, vocab_size), which an embedding would meet far from here."""
+        if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size):
+            return
         place = int(np.flatnonzero((ids >= self.vocab_size) | (ids < 0))[0])
         wrong = int(ids[place])
         token = self._tokenizer.id_to_token(wrong) if wrong >= 0 else None

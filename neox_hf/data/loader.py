@@ -25,6 +25,7 @@ class StreamLoader:
         self.workers = workers
         self.pin_memory = pin_memory
         self._position = stream.position
+        self._taken = 0
         self._pool: WorkerPool | None = None
         self._worker_bad_rows: dict[int, Counter[str]] = {}
         self._fingerprint = stream.fingerprint()
@@ -50,7 +51,7 @@ class StreamLoader:
 
     def state_dict(self) -> dict:
         """The position after the last batch handed out, for JSON. See neox_hf/data/state.py."""
-        return rank_state(self._position, self.stream.data_rank, self.stream.data_size, self._fingerprint)
+        return rank_state(self._position, self._taken, self.stream.data_rank, self.stream.data_size, self._fingerprint)
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from a state of the whole run (`merge_states`) or of this same rank.
@@ -58,6 +59,7 @@ class StreamLoader:
         Raises DataError for another run's.
         """
         self.close()
+        self._taken = 0
         self._position = restored_position(state, self._fingerprint, self.stream.data_rank, self.stream.data_size)
 
     def close(self) -> None:
@@ -84,6 +86,7 @@ class StreamLoader:
 
     def _advance(self, samples: list[Sample]) -> None:
         cursors = {**self._position.cursors, **{sample.lane: sample.next for sample in samples}}
+        self._taken += len(samples)
         self._position = Position(samples[-1].index + self.stream.data_size, cursors)
 
 

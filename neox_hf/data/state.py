@@ -17,11 +17,12 @@ FORMAT = 1
 MOST_DIFFERENCES = 10
 
 
-def rank_state(position: Position, rank: int, data_size: int, fingerprint: Mapping[str, object]) -> dict:
-    """The state of one rank."""
+def rank_state(position: Position, taken: int, rank: int, data_size: int, fingerprint: Mapping[str, object]) -> dict:
+    """The state of one rank. `taken`: samples since this process began, by which ranks are known to be in step."""
     return {
         "format": FORMAT,
         "next_sample": position.next_sample,
+        "taken": taken,
         "ranks": [rank],
         "data_size": data_size,
         "cursors": [[*lane, *cursor] for lane, cursor in sorted(position.cursors.items())],
@@ -44,8 +45,12 @@ def merge_states(states: Sequence[Mapping]) -> dict:
         raise DataError(f"wanted one data state of each of {size} data ranks, found those of ranks {ranks}")
     # The next samples of the ranks are d consecutive numbers: the run's next sample is the least of them.
     following = sorted(state["next_sample"] for state in states)
-    if len(states) > 1 and following != list(range(following[0], following[0] + size)):
-        raise DataError(f"the data states were taken at different times: the next samples of the ranks are {following}")
+    taken = sorted({state["taken"] for state in states})
+    if len(taken) > 1 or (len(states) > 1 and following != list(range(following[0], following[0] + size))):
+        raise DataError(
+            f"the data states are of different moments: the next samples of the ranks are {following}, "
+            f"after {' or '.join(map(str, taken))} sample(s) on each rank"
+        )
     return {
         **states[0],
         "next_sample": following[0],

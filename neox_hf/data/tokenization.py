@@ -42,13 +42,9 @@ def load_pretrained(settings: TokenizerSettings) -> PreTrainedTokenizerFast:
         raise DataError("tokenizer.kind=pretrained needs tokenizer.path: a folder, a tokenizer.json or a Hub id")
     try:
         if settings.path.endswith(".json"):
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=Tokenizer.from_str(Path(settings.path).read_text("utf-8"))
-            )
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=_read_json(Path(settings.path)))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                settings.path, revision=settings.revision or "main", use_fast=True
-            )
+            tokenizer = AutoTokenizer.from_pretrained(settings.path, revision=settings.revision or "main")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"tokenizer.path={settings.path}: no tokenizer can be loaded from it: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -65,6 +61,14 @@ def load_pretrained(settings: TokenizerSettings) -> PreTrainedTokenizerFast:
             )
         tokenizer.eos_token = END_OF_DOCUMENT
     return tokenizer
+
+
+def _read_json(path: Path) -> Tokenizer:
+    text = path.read_text("utf-8")
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises this class itself, nothing narrower
+        raise DataError(f"{path} is not the file of a fast tokenizer: {error}") from error
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -117,7 +121,7 @@ def char_tokenizer(texts: Iterator[str], vocab_size: int | None) -> PreTrainedTo
     room = None if vocab_size is None else vocab_size - len(fixed)
     vocabulary = {token: index for index, token in enumerate([*fixed, *sorted(frequent[:room])])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _as_fast(tokenizer)
 

@@ -1,0 +1,108 @@
+"""Loader processes end when they should, and say what went wrong."""
+
+import gc
+import os
+import signal
+import threading
+import time
+from itertools import islice
+
+import pytest
+
+from neox_hf.data import StreamLoader
+from neox_hf.errors import DataError
+from tests.data.naive import make_texts, settings_for, write_jsonl
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return settings_for(write_jsonl(tmp_path / "a.jsonl", make_texts(40)), streams=4)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def started(loader):
+    batches = iter(loader)
+    next(batches)
+    return batches, [process.pid for process in loader._pool._processes]
+
+
+def test_close_ends_the_processes(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    batches, pids = started(loader)
+    assert all(map(is_alive, pids))
+    loader.close()
+    loader.close()
+    assert not any(map(is_alive, pids))
+    del batches
+
+
+def test_dropping_the_iterator_ends_the_processes(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    batches, pids = started(loader)
+    del batches
+    gc.collect()
+    assert not any(map(is_alive, pids))
+
+
+def test_a_bad_row_in_a_worker_is_the_same_error(tmp_path, stream_over):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(40))
+    with path.open("a") as file:
+        file.write("{broken\n")
+    loader = StreamLoader(stream_over(settings_for(path)), 2, workers=2)
+    with pytest.raises(DataError, match=r"a.jsonl:41: broken_json: "):
+        for _ in islice(loader, 10_000):
+            pass
+
+
+def test_bad_rows_of_workers_are_counted(tmp_path, stream_over):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 40, "", "y" * 40, "", "z" * 40, ""])
+    (tmp_path / "empty.jsonl").touch()
+    loader = StreamLoader(stream_over(settings_for(tmp_path, bad_rows="skip")), 2, workers=2)
+    for _ in islice(loader, 20):
+        pass
+    assert path.exists()
+    assert loader.bad_rows == {"empty_text": 3, "empty_file": 1}
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    batches, pids = started(loader)
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(DataError, match=r"loader process 1 died with exit code -9"):
+        for _ in islice(batches, 100_000):
+            pass
+
+
+def test_workers_end_when_their_parent_is_killed(stream_over, settings, tmp_path):
+    told = tmp_path / "pids"
+    child = os.fork()
+    if child == 0:
+        _, pids = started(StreamLoader(stream_over(settings), 2, workers=3))
+        told.with_suffix(".partial").write_text(" ".join(map(str, pids)))
+        told.with_suffix(".partial").rename(told)
+        threading.Event().wait()
+    while not told.exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pids = list(map(int, told.read_text().split()))
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_running, pids))
+
+
+def is_running(pid: int) -> bool:
+    """Alive, and not a zombie that nobody has waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
