@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -60,23 +61,26 @@ def is_causal_enough(
 
 def flash_documents(
     config: GPTNeoXConfig,
+    inputs_embeds: Tensor,
     attention_mask: Tensor | BlockMask | None,
     position_ids: Tensor | None,
     past_key_values: Cache | None,
 ) -> dict[str, Any]:
-    """Document boundaries for flash attention, which takes no mask; empty where there is one document a row.
+    """Bounds of packed documents for flash attention, which takes no mask; empty where there is nothing to say.
 
-    transformers finds packed documents for flash attention only in batches of one row; in larger ones they would see
-    each other.
+    transformers finds the documents itself in a batch of one row, and only there: in larger ones they would see each
+    other. Arguments as for `causal_mask`.
     """
-    packed = attention_mask is None and past_key_values is None and position_ids is not None
+    rows = inputs_embeds.shape[0]
+    packed = attention_mask is None and past_key_values is None and position_ids is not None and rows > 1
     if not packed or not str(config._attn_implementation).startswith("flash_attention"):
         return {}
+    position_ids = position_ids.expand(rows, -1)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
-    if int(starts.sum()) == position_ids.shape[0]:
-        return {}
     first_tokens = starts.flatten().nonzero().flatten()
-    bounds = torch.nn.functional.pad(first_tokens, (0, 1), value=position_ids.numel()).to(torch.int32)
+    if first_tokens.numel() == rows:
+        return {}
+    bounds = F.pad(first_tokens, (0, 1), value=position_ids.numel()).to(torch.int32)
     longest = int(bounds.diff().max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

@@ -109,7 +109,7 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
 
         # From what the caller gave: a cache made below is empty and changes no mask.
         mask = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
-        kwargs |= flash_documents(self.config, attention_mask, position_ids, past_key_values)
+        documents = flash_documents(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -125,7 +125,7 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
                 layer_past=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                **kwargs,
+                **(documents | kwargs),
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values

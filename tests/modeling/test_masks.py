@@ -1,8 +1,11 @@
 """When a mask is built, and what documents it separates."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neox_hf.modeling.masks import causal_mask, flash_documents
 
@@ -65,15 +68,43 @@ def test_packed_documents_do_not_see_each_other(attention, training, make_model,
                 assert torch.allclose(packed[row : row + 1, part], alone, atol=1e-5)
 
 
-def test_flash_attention_is_told_the_documents_of_every_row(make_model):
-    config = make_model().config
+def documents_of(config, attention_mask=None, position_ids=None, cache=None, rows=2):
+    return flash_documents(config, torch.zeros(rows, 5, 32), attention_mask, position_ids, cache)
+
+
+def test_flash_attention_is_told_the_documents_of_every_row(make_config):
+    config = make_config()
+    config._attn_implementation_internal = "sdpa"
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 1, 2]])
-    assert flash_documents(config, None, positions, None) == {}  # sdpa gets a mask
+    assert documents_of(config, position_ids=positions) == {}  # sdpa gets a mask
     config._attn_implementation_internal = "flash_attention_2"
-    told = flash_documents(config, None, positions, None)
+    told = documents_of(config, position_ids=positions)
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 5, 7, 10]
     assert told["cu_seq_lens_q"].dtype == torch.int32
     assert told["max_length_q"] == told["max_length_k"] == 3
-    assert flash_documents(config, None, torch.arange(5).repeat(2, 1), None) == {}
-    assert flash_documents(config, torch.ones(2, 5), positions, None) == {}
-    assert flash_documents(config, None, None, None) == {}
+    assert documents_of(config, position_ids=positions[:1])["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 10]
+    assert documents_of(config, position_ids=torch.arange(5)[None]) == {}
+    assert documents_of(config, position_ids=positions, attention_mask=torch.ones(2, 5)) == {}
+    assert documents_of(config, position_ids=positions, cache=DynamicCache(config=config)) == {}
+    assert documents_of(config, position_ids=positions[:1], rows=1) == {}  # transformers finds these
+    assert documents_of(config) == {}
+
+
+def attend_by_bounds(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
+    """What flash attention's variable-length form computes, one document after the other."""
+    rows, heads, length, size = query.shape
+    flat = [x.transpose(1, 2).reshape(rows * length, heads, size).transpose(0, 1) for x in (query, key, value)]
+    documents = [
+        torch.nn.functional.scaled_dot_product_attention(*(x[:, a:b] for x in flat), scale=scaling, is_causal=True)
+        for a, b in pairwise(cu_seq_lens_q)
+    ]
+    return torch.cat(documents, dim=1).transpose(0, 1).reshape(rows, length, heads, size), None
+
+
+def test_documents_reach_flash_attention(make_model, tokens, monkeypatch):
+    model = make_model()
+    positions = torch.tensor([[*range(5), *range(11)], [*range(9), *range(7)]])
+    wanted = model(tokens(), position_ids=positions).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", attend_by_bounds)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert torch.allclose(model(tokens(), position_ids=positions).logits, wanted, atol=1e-5)

@@ -90,6 +90,16 @@ def test_equal_under_other_options(fields, make_pair, tokens, assert_same_step):
     assert_same_step(make_pair(**fields), input_ids=ids, labels=ids)
 
 
+@pytest.mark.parametrize("batch", ["plain", "packed"])
+def test_equal_through_flex_attention(batch, make_pair, tokens):
+    """Forward only: torch has no gradient of it on a CPU. Uncompiled: compiling it takes a CPU half a minute."""
+    pair = make_pair("flex_attention")
+    packed = {"position_ids": torch.cat((torch.arange(7), torch.arange(17))).repeat(2, 1)} if batch == "packed" else {}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        wanted, found = (model(tokens(), use_cache=False, **packed).logits for model in (pair.stock, pair.ours))
+    assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_equal_with_dropout_and_the_same_seed(make_pair, tokens, assert_same_step):
     pair = make_pair("eager", hidden_dropout=0.1, attention_dropout=0.1)
     pair.stock.train()
