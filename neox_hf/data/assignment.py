@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from neox_hf.data.hashing import permuted
-from neox_hf.data.lines import Row
+from neox_hf.data.lines import Row, allow_open_files
 from neox_hf.data.sources import Source
 from neox_hf.errors import DataError
 
@@ -144,4 +144,6 @@ def assign(
     """The rule for a source. `owned`: this process's streams; `starts`: cursors of those not at their beginning."""
     if source.sequential and source.parts < streams:
         return DealtRows(source, order, streams, starts, owned)
+    if source.sequential:
+        allow_open_files(len(owned))
     return OwnedParts(source, order, streams, starts)

@@ -46,10 +46,13 @@ class BadRowPolicy:
         self.quarantine = quarantine
         self.counts: Counter[str] = Counter()
 
-    def handle(self, bad: BadRow, where: Callable[[], str], raw: object, *, first_epoch: bool = True) -> None:
+    def handle(
+        self, bad: BadRow, raw: object, *, where: Callable[[], str], mark: Callable[[], str], first_epoch: bool = True
+    ) -> None:
         """Raises DataError under the policy `error`; otherwise returns and the caller drops the row.
 
-        `where` gives "file:line"; it is called only when needed, since counting lines of a large file takes time.
+        where: gives "file:line"; called for an error only, since counting the lines of a large file takes long.
+        mark: gives the place in a way that costs nothing.
         """
         if self.policy == "error":
             raise DataError(
@@ -60,7 +63,7 @@ class BadRowPolicy:
             return
         self.counts[bad.kind] += 1
         if self.policy == "quarantine":
-            self._keep({"where": where(), "kind": bad.kind, "detail": bad.detail, "row": _printable(raw)})
+            self._keep({"where": mark(), "kind": bad.kind, "detail": bad.detail, "row": _printable(raw)})
 
     def _keep(self, record: dict[str, str]) -> None:
         """One write call on a file opened for appending, so that lines of several processes do not mix."""

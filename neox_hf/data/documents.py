@@ -73,6 +73,11 @@ def _text(source: Source, place: Place, bad_rows: BadRowPolicy) -> str | None:
             raise place.row.fault
         return source.text(place.part, place.row)
     except BadRow as bad:
-        where = partial(source.where, place.part, place.row.position)
-        bad_rows.handle(bad, where, place.row.value, first_epoch=place.cursor.epoch == 0)
+        bad_rows.handle(
+            bad,
+            place.row.value,
+            where=partial(source.where, place.part, place.row.position),
+            mark=partial(source.mark, place.part, place.row.position),
+            first_epoch=place.cursor.epoch == 0,
+        )
         return None

@@ -19,14 +19,17 @@ class EvaluationBatches:
 
     Sample j goes to data rank j mod d. Every rank has the same number of equal batches, so the mean of the batches'
     losses over all ranks is the mean over the set. Memory: 4 bytes for each of the rank's tokens.
+
+    bad_rows: rows dropped while reading the set, by class.
     """
 
-    def __init__(self, samples: np.ndarray, batch_size: int, settings: DataSettings, end_of_document: int) -> None:
+    def __init__(self, samples: np.ndarray, batch_size: int, settings: DataSettings, stream: TokenStream) -> None:
         """samples: int32 [a multiple of batch_size, seq_length + 1]."""
         self._samples = samples
         self.batch_size = batch_size
         self._settings = settings
-        self._end_of_document = end_of_document
+        self._end_of_document = stream.encoder.end_of_document
+        self.bad_rows = stream.bad_rows.counts
 
     def __len__(self) -> int:
         return len(self._samples) // self.batch_size
@@ -79,4 +82,4 @@ def evaluation_batches(
             )
         if sample.index % data_size == data_rank:
             mine.append(sample.tokens)
-    return EvaluationBatches(np.stack(mine), batch_size, settings, stream.encoder.end_of_document)
+    return EvaluationBatches(np.stack(mine), batch_size, settings, stream)

@@ -17,6 +17,7 @@ from neox_hf.data.bad_rows import BadRow, text_of_bytes, text_of_json, text_of_r
 from neox_hf.data.lines import (
     BOM,
     DAMAGE,
+    READ_BYTES,
     Row,
     compressed_rows,
     is_compressed,
@@ -167,7 +168,8 @@ class ParquetFile(DataFile):
 
     def _open(self) -> pyarrow.parquet.ParquetFile:
         try:
-            return pyarrow.parquet.ParquetFile(self.path)
+            # Without a buffer size a whole column of the row group would be read at once, for every stream.
+            return pyarrow.parquet.ParquetFile(self.path, buffer_size=READ_BYTES)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{self.path}: damaged_file: not a readable parquet file: {error}") from error
 

@@ -54,6 +54,9 @@ class HubSource:
     def where(self, part: int, position: int) -> str:
         return f"{self.path} shard {part}:{position + 1}"
 
+    def mark(self, part: int, position: int) -> str:
+        return self.where(part, position)
+
     def fingerprint(self) -> dict[str, str]:
         """Names of the data files; those on the Hub carry the commit they belong to."""
         settings = self._settings

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import resource
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import zstandard
 
 from neox_hf.data.bad_rows import BadRow
+from neox_hf.errors import DataError
 
 READ_BYTES = 64 * 1024
 MOST_READ_BYTES = 8 * 1024 * 1024
+OTHER_OPEN_FILES = 512
 BOM = b"\xef\xbb\xbf"
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
@@ -79,6 +82,19 @@ class _ZstdFile(io.RawIOBase):
     def close(self) -> None:
         self._compressed.close()
         super().close()
+
+
+def allow_open_files(count: int) -> None:
+    """Lets this process hold `count` files open beside what it has. Raises DataError where the system forbids it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise DataError(
+                f"{count} streams each read a compressed or parquet file, but this process may open only {hard} files; "
+                f"raise `ulimit -n`, use more data ranks or data.workers, or fewer data.streams"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def long_line(limit: int) -> BadRow:

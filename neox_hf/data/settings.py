@@ -32,11 +32,13 @@ class DataSettings:
     sources, eval_sources: where documents come from. With no eval_sources, `eval_fraction` of the documents of
         `sources` (chosen by a hash of their position) is held out for evaluation.
     eval_samples: samples in one evaluation.
-    streams: logical streams; the data-parallel size must divide it.
+    streams: logical streams; the data-parallel size must divide it. Each keeps a document open, so a short run on
+        long documents wants few.
     shuffle, seed: a stateless permutation of documents (or of files where a source is sequential).
     document_mask: position ids restart at each document and attention does not cross documents.
     eod_mask_loss: no loss on the first token after an end-of-document token.
     bad_rows: what to do with a row that cannot be used; `quarantine` copies it to `quarantine.jsonl`.
+    max_line_bytes: a longer line, or text file, is a bad row.
     workers: loader processes of each rank; 0 reads in the training process.
     """
 
@@ -60,7 +62,9 @@ class TokenizerSettings:
     """Which tokenizer a run uses.
 
     kind: `pretrained` (path: a folder, a tokenizer.json or a Hub id), `trained` (byte-level BPE of `vocab_size`,
-        trained on the run's first source at start), `byte` (256 bytes and the end-of-document token), or `char`.
+        trained on the run's training split at start), `byte` (256 bytes and the end-of-document token), or `char`
+        (the characters of the training split, others spelt in bytes).
+    vocab_size: of `trained` (50254 unless given) and `char` (all characters unless given), all tokens counted.
     """
 
     kind: Literal["pretrained", "trained", "byte", "char"] = "pretrained"

@@ -3,6 +3,7 @@
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import partial
 from glob import glob, has_magic
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from neox_hf.data.bad_rows import BadRow, BadRowPolicy
-from neox_hf.data.files import FORMATS, DataFile, format_of, open_file
+from neox_hf.data.files import FORMATS, DataFile, PlainLines, format_of, open_file
 from neox_hf.data.lines import Row, is_compressed
 from neox_hf.data.settings import SourceSettings
 from neox_hf.errors import DataError
@@ -24,11 +25,17 @@ LEAST_SPAN_BYTES, MOST_SPAN_BYTES = 64 * 1024, 1024 * 1024
 # A data state names up to this many files; it must stay small.
 MOST_NAMED_FILES = 100
 
+QUICKLY_COUNTED_BYTES = 1024 * 1024
+
 NOT_CORPUS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 class Source(Protocol):
-    """parts: how many there are. sequential: parts hold many rows and are read from their beginning."""
+    """parts: how many there are. sequential: parts hold many rows and are read from their beginning.
+
+    rows: of a part, from a row's position on. text: of a row without fault; raises BadRow. key: names a document for
+    the choice of the held-out ones. where: "file:line", for errors. mark: the same, at no cost, for records.
+    """
 
     path: str
     parts: int
@@ -38,6 +45,7 @@ class Source(Protocol):
     def text(self, part: int, row: Row) -> str: ...
     def key(self, part: int, position: int) -> tuple[int, int]: ...
     def where(self, part: int, position: int) -> str: ...
+    def mark(self, part: int, position: int) -> str: ...
     def fingerprint(self) -> dict[str, str]: ...
 
 
@@ -71,7 +79,14 @@ class FileSource:
         return int(self._file_of[part]), self._file(part).place(int(self._spans[part, 0]), position)
 
     def where(self, part: int, position: int) -> str:
+        """ "file:line". Reads the file up to there where lines are not counted on the way."""
         return self._file(part).where(int(self._spans[part, 0]), position)
+
+    def mark(self, part: int, position: int) -> str:
+        """As `where`, but a byte offset in place of a line that would take long to count."""
+        if isinstance(self._file(part), PlainLines) and position > QUICKLY_COUNTED_BYTES:
+            return f"{self._file(part).path} at byte {position}"
+        return self.where(part, position)
 
     def fingerprint(self) -> dict[str, str]:
         """Of each file by name; of many files, one of all."""
@@ -110,7 +125,8 @@ def open_source(settings: SourceSettings, *, streams: int, limit: int, bad_rows:
         if path.stat().st_size:
             files.append((name, open_file(path, settings, limit)))
         elif settings.path != "stdlib":  # an empty __init__.py is nothing to complain of
-            bad_rows.handle(BadRow("empty_file", "the file has no bytes"), lambda path=path: f"{path}:1", b"")
+            place = partial(str, f"{path}:1")
+            bad_rows.handle(BadRow("empty_file", "the file has no bytes"), b"", where=place, mark=place)
     source = FileSource(settings.path, files, streams)
     if source.parts == 0:
         raise DataError(f"data.sources: {settings.path} holds no document: its {len(names)} file(s) are all empty")

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import zstandard
 
-from neox_hf.data import StreamLoader
+from neox_hf.data import StreamLoader, sources
 from neox_hf.data.bad_rows import KINDS
 from neox_hf.errors import DataError
 from tests.data.naive import first_samples, naive_samples, owned_epochs, settings_for
@@ -138,6 +138,15 @@ def test_bad_rows_are_counted_in_the_first_epoch_alone(tmp_path, stream_over):
     for _ in islice(loader, 50):
         pass
     assert loader.bad_rows == {"broken_json": 1}
+
+
+def test_a_row_far_into_a_file_is_marked_by_its_byte(tmp_path, stream_over, monkeypatch):
+    monkeypatch.setattr(sources, "QUICKLY_COUNTED_BYTES", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_with(b"{"))
+    kept = tmp_path / "quarantine.jsonl"
+    first_samples(stream_over(settings_for(path, bad_rows="quarantine"), quarantine=kept), 8)
+    assert json.loads(kept.read_text())["where"] == f"{path} at byte {len(GOOD[0]) + 1}"
 
 
 def test_every_class_is_known_and_tested():

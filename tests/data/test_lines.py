@@ -1,12 +1,14 @@
 """Lines come out whole, once, wherever a span begins or a reader is put down."""
 
 import gzip
+import resource
 
 import pytest
 import zstandard
 
 from neox_hf.data import lines
-from neox_hf.data.lines import compressed_rows, line_number, line_starts, plain_rows
+from neox_hf.data.lines import allow_open_files, compressed_rows, line_number, line_starts, plain_rows
+from neox_hf.errors import DataError
 
 LIMIT = 1000
 
@@ -53,6 +55,18 @@ def test_a_line_over_the_limit_is_one_fault_and_the_next_line_is_read(tmp_path, 
     wanted = [b"ok", b"x" * 1000 if length == 1000 else "long_line", b"after"]
     assert values(plain_rows(plain, 0, len(content), LIMIT)) == wanted
     assert values(compressed_rows(packed, 0, LIMIT)) == wanted
+
+
+def test_a_thousand_streams_may_open_their_files(monkeypatch):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: limits.append(limit))
+    allow_open_files(100)
+    allow_open_files(960)
+    allow_open_files(960)
+    assert limits == [(1024, 4096), (1472, 4096)]
+    with pytest.raises(DataError, match=r"5000 streams each read .* may open only 4096 files; raise `ulimit -n`"):
+        allow_open_files(5000)
 
 
 def test_line_numbers_and_starts(tmp_path):

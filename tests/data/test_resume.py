@@ -94,7 +94,7 @@ def test_stopping_again_and_again_at_other_data_sizes_batches_and_workers(stream
     assert read == whole[: len(read)]
 
 
-@pytest.mark.parametrize(("size", "workers", "batch_size"), [(1, 2, 5), (1, 5, 1), (2, 2, 3), (4, 2, 1)])
+@pytest.mark.parametrize(("size", "workers", "batch_size"), [(1, 2, 5), (1, 5, 1), (2, 2, 3), (6, 3, 1)])
 def test_workers_and_batches_do_not_change_the_sequence(stream_over, settings, whole, size, workers, batch_size):
     steps = COUNT // (size * batch_size)
     rows, _ = go_on(stream_over, settings, None, size, steps, batch_size, workers)
