@@ -1,6 +1,5 @@
 """Heads other than the language model's: a class per sequence, a class per token, a span of text."""
 
-import logging
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class GPTNeoXForSequenceClassification(GPTNeoXPreTrainedModel):
@@ -80,7 +79,7 @@ class GPTNeoXForSequenceClassification(GPTNeoXPreTrainedModel):
                 )
             return -1
         if input_ids is None:
-            logger.warning("inputs_embeds show no padding: the last position of every row is classified")
+            logger.warning_once("inputs_embeds show no padding: the last position of every row is classified")
             return -1
         kept = (input_ids != padding).to(device=scores.device, dtype=torch.int32)
         return (kept * torch.arange(kept.shape[1], device=kept.device, dtype=torch.int32)).argmax(dim=-1)

@@ -19,7 +19,7 @@ class GPTNeoXLayerNorm(nn.LayerNorm):
 
 def normalize_twice(first: nn.Module, second: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """`first(x), second(x)`, in one op where nothing is attached to either norm."""
-    if not (is_bare(first) and is_bare(second)):
+    if not (is_bare(first) and is_bare(second) and first.eps == second.eps):
         return first(hidden_states), second(hidden_states)
     return dual_layer_norm(
         hidden_states, first.weight, first.bias, second.weight, second.bias, first.eps, backend=first.kernels

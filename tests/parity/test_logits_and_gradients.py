@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig as StockConfig
+from transformers.models.gpt_neox import modeling_gpt_neox as stock
+
+from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
 
 HEADS = {32: 2, 80: 2, 96: 2, 256: 1}  # head size -> number of heads
 CASES = [
@@ -152,11 +156,6 @@ def test_bfloat16_is_no_further_from_the_truth(make_pair, tokens):
 
 
 def test_same_seed_same_weights():
-    from transformers import GPTNeoXConfig as StockConfig
-    from transformers.models.gpt_neox import modeling_gpt_neox as stock
-
-    from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
-
     fields = {
         "vocab_size": 32,
         "hidden_size": 32,
