@@ -63,20 +63,18 @@ def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topolog
     set_seed(args.seed)
     model = build_model(recipe.model, tokenizer, recipe.data.seq_length, args.device)
     place = {"data_rank": topology.data_rank, "data_size": topology.data, "vocab_size": model.config.vocab_size}
-    documents = run_documents(recipe.resolved())
-    if topology.rank == 0:
-        for name, text in documents.items():
-            (output_dir / name).write_text(text, encoding="utf-8")
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    evaluation = {"batch_size": args.per_device_eval_batch_size, **place}
     return NeoXTrainer(
         model,
         args,
         topology=topology,
         train_dataset=TokenStream(recipe.data, tokenizer, split="train", **place),
-        eval_dataset=evaluation_batches(recipe.data, tokenizer, batch_size=args.per_device_eval_batch_size, **place),
+        eval_dataset=evaluation_batches(recipe.data, tokenizer, **evaluation) if evaluates else None,
         processing_class=tokenizer,
         workers=recipe.data.workers,
         publisher=HubPublisher(recipe.hub, output_dir) if recipe.hub.push and topology.rank == 0 else None,
-        documents=documents,
+        documents=run_documents(recipe.resolved()),
     )
 
 

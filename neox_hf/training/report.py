@@ -90,9 +90,11 @@ def evaluation_losses(trainer: NeoXTrainer) -> list[float]:
 
 
 def sample_text(trainer: NeoXTrainer) -> str:
-    """The start of a held-out sample, as the model goes on with it."""
-    batch = next(iter(trainer.eval_dataset))
-    prompt = batch["input_ids"][:1, :PROMPT_TOKENS].to(trainer.args.device)
+    """The start of a held-out sample, or of a document where nothing is held out, as the model goes on with it."""
+    if trainer.eval_dataset is None:
+        prompt = torch.tensor([[trainer.processing_class.eos_token_id]], device=trainer.args.device)
+    else:
+        prompt = next(iter(trainer.eval_dataset))["input_ids"][:1, :PROMPT_TOKENS].to(trainer.args.device)
     room = trainer.model.config.max_position_embeddings - prompt.shape[1]
     trainer.model.eval()
     with torch.no_grad():

@@ -69,6 +69,12 @@ class RunState:
         trainer.engine.load_boxes(checkpoint)
         trainer.lr_scheduler.load_state_dict(checkpoint.json(SCHEDULER))
 
+    def write_beside(self) -> None:
+        """Write the documents into the output directory itself, once this run is known to be the one it holds."""
+        if self.trainer.topology.rank == 0:
+            for relative_path, text in self.documents.items():
+                (Path(self.trainer.args.output_dir) / relative_path).write_text(text, encoding="utf-8")
+
     def load_rng(self, checkpoint: Checkpoint) -> None:
         """Give this rank its random states back, last before the first step."""
         topology = self.trainer.topology

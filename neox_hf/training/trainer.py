@@ -5,6 +5,7 @@ when to stop, and what is logged.
 """
 
 import functools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from neox_hf.training.save_schedule import SaveSchedule, is_scheduled
 from neox_hf.training.schedules import learning_rate
 from neox_hf.training.signals import StopRequest
 from neox_hf.training.throughput import Throughput, sustained_matmul_tflops
+
+logger = logging.getLogger(__name__)
 
 
 class NeoXTrainer(Trainer):
@@ -171,6 +174,9 @@ class NeoXTrainer(Trainer):
                 logs["skipped_steps"] = self.guard.skipped_steps
             if self.loader is not None and self.loader.bad_rows:
                 logs["bad_rows"] = sum(self.loader.bad_rows.values())
+            if not math.isfinite(logs["loss"]):
+                # HF subtracts the sum it has logged from itself, which would leave the NaN in it for ever.
+                self._tr_loss.zero_()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> float:
@@ -211,8 +217,17 @@ class NeoXTrainer(Trainer):
         """The signal that ended training, or 0."""
         return self.stop.agreed if self.stop else 0
 
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *others: Any) -> tuple[int, int]:
+        epochs_done, steps_done = super()._init_training_state(max_steps, steps_per_epoch, epochs, *others)
+        if self.state.global_step < max_steps:
+            return epochs_done, steps_done
+        # HF would give a run that has had all its steps one more.
+        logger.warning("nothing is left to train: step %d of %d is done", self.state.global_step, max_steps)
+        return epochs, 0
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.run_state.write_beside()
         if self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule):
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -262,7 +277,11 @@ class _StepWatch(TrainerCallback):
         self.trainer.throughput.start()
 
     def on_step_end(self, args, state, control, **kwargs: object):
+        if isinstance(self.trainer.train_dataset, TokenStream):
+            # A stream is one long epoch; HF would count it from where this process resumed.
+            state.epoch = state.global_step / state.max_steps
         if self.trainer.stop.agree():
             control.should_save = True
+            control.should_evaluate = False  # there is no time, and under `save_strategy: best` it would decide
             control.should_training_stop = True
         return control
