@@ -43,7 +43,7 @@ class Split:
 def read_documents(
     source: Source, rows: Iterator[Place], streams: int, split: Split, bad_rows: BadRowPolicy
 ) -> Iterator[Document]:
-    """Endless.
+    """The documents of one stream from its cursor on, endlessly.
 
     Raises DataError for a bad row where the policy says so, and when the stream finds nothing it can use.
     """
@@ -62,8 +62,7 @@ def read_documents(
             raise DataError(
                 f"data.sources: {source.path} has no document for the {split.name} split in {rejected} rows "
                 f"(eval_fraction={split.held_out}; bad rows: {dict(bad_rows.counts) or 'none'}); give more data, "
-                f"another text_key, "
-                f"or another data.eval_fraction"
+                f"another text_key, or another data.eval_fraction"
             )
 
 

@@ -28,8 +28,7 @@ class DocumentEncoder:
         if self.end_of_document >= self.vocab_size:
             raise DataError(
                 f"the tokenizer's end-of-document token {tokenizer.eos_token!r} has id {self.end_of_document}, at or "
-                f"over "
-                f"vocab_size={self.vocab_size}; set model.vocab_size to at least {len(tokenizer)}"
+                f"over vocab_size={self.vocab_size}; set model.vocab_size to at least {len(tokenizer)}"
             )
 
     def encode(self, documents: Sequence[Document]) -> tuple[np.ndarray, list[int]]:
@@ -62,8 +61,7 @@ class DocumentEncoder:
         token = self._tokenizer.id_to_token(wrong) if wrong >= 0 else None
         raise DataError(
             f"{document.where()}: token {place} of the document has id {wrong} ({token!r}), outside [0, "
-            f"vocab_size={self.vocab_size}); "
-            f"the tokenizer and the model do not belong together, or model.vocab_size is too small"
+            f"vocab_size={self.vocab_size}); tokenizer and model do not belong together, or model.vocab_size is too small"
         )
 
 

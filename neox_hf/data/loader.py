@@ -92,5 +92,5 @@ class StreamLoader:
 
 def pinned(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The batch in page-locked memory; tensors that were one stay one."""
-    once = {id(tensor): tensor.pin_memory() for tensor in batch.values()}
-    return {name: once[id(tensor)] for name, tensor in batch.items()}
+    pages = {tensor: tensor.pin_memory() for tensor in set(batch.values())}  # tensors hash by identity
+    return {name: pages[tensor] for name, tensor in batch.items()}

@@ -1,7 +1,7 @@
 """The data position of a run as small JSON: counted in samples, with one cursor for each lane, never tokens.
 
-    {"format": 1, "next_sample": j, "ranks": [0], "data_size": 2, "cursors": [[source, stream, epoch, turn, position,
-     offset], ...], "fingerprint": {...}}
+    {"format": 1, "next_sample": j, "taken": 128, "ranks": [0], "data_size": 2,
+     "cursors": [[source, stream, epoch, turn, position, offset], ...], "fingerprint": {...}}
 
 A state of one rank knows that rank's streams; `merge_states` joins the states of all ranks into one of the whole run,
 which any data size can continue from.
@@ -72,8 +72,7 @@ def restored_position(state: Mapping, fingerprint: Mapping[str, object], rank: i
     ):
         raise DataError(
             f"the data state is of rank(s) {state['ranks']} of {state['data_size']}, this is rank {rank} of "
-            f"{data_size}; "
-            f"merge the states of all ranks first (merge_states)"
+            f"{data_size}; merge the states of all ranks first (merge_states)"
         )
     following = state["next_sample"] + (rank - state["next_sample"]) % data_size
     cursors: dict[Lane, Cursor] = {

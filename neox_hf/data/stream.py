@@ -57,8 +57,8 @@ class TokenStream:
     The held-out split is one logical stream, read by `evaluation_batches`.
 
     Memory, for each stream of this rank: the tokens of one document and a read buffer (64 KiB for plain lines, a
-    decompressor for compressed files, a batch of 64 rows for parquet). Compressed files, where there are at least L
-    of them, keep one file open per stream.
+    decompressor for compressed files, a batch of 64 rows for parquet). Compressed and parquet files, where there are
+    at least L parts of them, keep one file open per stream. Fewer, see `DealtRows`.
     """
 
     def __init__(
@@ -162,9 +162,8 @@ class TokenStream:
                 else "the one stream of the eval split (evaluation_batches shares it out)"
             )
             raise DataError(
-                f"the data-parallel size {self.data_size} does not divide {what}; set data.streams to a multiple of "
-                f"it, "
-                f"such as {_next_multiple(self.streams, self.data_size)} (the order of samples depends on data.streams)"
+                f"the data-parallel size {self.data_size} does not divide {what}; set data.streams to a multiple "
+                f"of it, such as {_next_multiple(self.streams, self.data_size)} (the order of samples depends on it)"
             )
 
 

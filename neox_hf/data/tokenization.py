@@ -49,15 +49,14 @@ def load_pretrained(settings: TokenizerSettings) -> PreTrainedTokenizerFast:
         raise DataError(f"tokenizer.path={settings.path}: no tokenizer can be loaded from it: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
-            f"tokenizer.path={settings.path} is a {type(tokenizer).__name__}, not a fast tokenizer; save it with a "
-            f"tokenizer.json first"
+            f"tokenizer.path={settings.path} is a {type(tokenizer).__name__}, not a fast tokenizer; save it "
+            f"with a tokenizer.json first"
         )
     if tokenizer.eos_token_id is None:
         if END_OF_DOCUMENT not in tokenizer.get_vocab():
             raise DataError(
                 f"tokenizer.path={settings.path} has no eos_token and no {END_OF_DOCUMENT}; documents need a token "
-                f"between them: "
-                f"set eos_token in its tokenizer_config.json"
+                f"between them: set eos_token in its tokenizer_config.json"
             )
         tokenizer.eos_token = END_OF_DOCUMENT
     return tokenizer

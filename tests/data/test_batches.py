@@ -30,6 +30,15 @@ def test_positions_restart_after_an_end():
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
 
 
+def test_pinned_batches_keep_one_tensor_one(tmp_path, stream_over, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    settings = settings_for(write_jsonl(tmp_path / "a.jsonl", make_texts(9)))
+    batch = next(iter(StreamLoader(stream_over(settings), 3, pin_memory=True)))
+    assert batch["labels"] is batch["input_ids"]
+    assert batch["labels"] is not pinned[0]
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_the_loader_follows_the_settings(tmp_path, stream_over, mask):
     settings = settings_for(write_jsonl(tmp_path / "a.jsonl", make_texts(9)), document_mask=mask, eod_mask_loss=mask)

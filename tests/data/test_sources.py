@@ -181,5 +181,18 @@ def test_bad_rows_of_a_hub_dataset(dataset, stream_over):
         first_samples(stream_over(settings_for(f"hub:{folder}")), 100)
 
 
+def test_rows_of_a_hub_dataset_are_held_out_and_quarantined(dataset, stream_over, tmp_path):
+    folder, _ = dataset
+    (folder / "1.jsonl").write_text('{"text": "ok"}\n{"text": null}\n')
+    settings = settings_for(f"hub:{folder}", bad_rows="quarantine", eval_fraction=1e-9)
+    first_samples(stream_over(settings, quarantine=tmp_path / "bad.jsonl"), 60)
+    assert json.loads((tmp_path / "bad.jsonl").read_text()) == {
+        "where": f"hub:{folder} shard 1:2",
+        "kind": "null_text",
+        "detail": '"text" is null, wanted a string',
+        "row": "{'text': None}",
+    }
+
+
 def replace_key(settings: DataSettings, key: str) -> DataSettings:
     return replace(settings, sources=[replace(source, text_key=key) for source in settings.sources])

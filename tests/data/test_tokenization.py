@@ -106,6 +106,12 @@ def test_pretrained_tokenizers_that_cannot_be_used(tmp_path, path, message):
         build_tokenizer(settings("pretrained", path=path), settings_for("x"), tmp_path)
 
 
+def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenization.AutoTokenizer, "from_pretrained", lambda path, revision: object())
+    with pytest.raises(DataError, match=r"tokenizer.path=slow is a object, not a fast tokenizer"):
+        build_tokenizer(settings("pretrained", path="slow"), settings_for("x"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from neox_hf.data import StreamLoader
+from neox_hf.data import StreamLoader, workers
 from neox_hf.errors import DataError
 from tests.data.naive import make_texts, settings_for, write_jsonl
 
@@ -40,6 +40,16 @@ def test_close_ends_the_processes(stream_over, settings):
     loader.close()
     loader.close()
     assert not any(map(is_alive, pids))
+    del batches
+
+
+def test_close_does_not_wait_for_a_process_that_does_not_answer(stream_over, settings, monkeypatch):
+    monkeypatch.setattr(workers, "STOP_SECONDS", 0.05)
+    loader = StreamLoader(stream_over(settings), 2, workers=1)
+    batches, pids = started(loader)
+    os.kill(pids[0], signal.SIGSTOP)
+    loader.close()
+    assert not is_alive(pids[0])
     del batches
 
 
