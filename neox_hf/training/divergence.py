@@ -45,7 +45,7 @@ class GradientGuard:
         self._consecutive += 1
         if self._consecutive >= self.max_skipped:
             raise DivergenceError(
-                f"step {step}: the gradient norm is {float(norm)}, for the {self._consecutive}th step in a row "
+                f"step {step}: the gradient norm is {float(norm)}, which makes {self._consecutive} in a row "
                 f"(train.max_skipped_steps={self.max_skipped}); lower train.learning_rate or look at the data"
             )
         return True

@@ -43,5 +43,5 @@ def test_skip_counts_and_stops_after_too_many_in_a_row():
         True,
     ]
     assert guard.skipped_steps == 4
-    with pytest.raises(DivergenceError, match=r"3th step in a row \(train.max_skipped_steps=3\)"):
+    with pytest.raises(DivergenceError, match=r"which makes 3 in a row \(train.max_skipped_steps=3\)"):
         guard.must_skip(6, nan)
