@@ -10,6 +10,9 @@ from torch.optim.adamw import adamw
 from neox_hf.errors import RecipeError
 from neox_hf.training.arguments import NeoXTrainingArguments
 
+WITH_MASTER_WEIGHTS = ("adamw_torch_fused", "adamw_torch")
+"""Values of `train.optim` that have a form with fp32 master weights."""
+
 
 class MasterAdamW(torch.optim.Optimizer):
     """Decoupled-weight-decay Adam whose arithmetic, master weights and moments are fp32.
@@ -90,11 +93,11 @@ def optimizer_class(
     """
     if not args.numeric.master:
         return stock
-    cls, kwargs = stock
-    if cls is not torch.optim.AdamW:
+    name, kwargs = str(args.optim.value), stock[1]
+    if name not in WITH_MASTER_WEIGHTS:
         raise RecipeError(
-            f"train.optim={str(args.optim.value)!r} has no fp32 master weights, which "
-            f"train.precision={args.precision!r} keeps; use adamw_torch_fused or adamw_torch, or train.precision=amp"
+            f"train.optim={name!r} has no fp32 master weights, which train.precision={args.precision!r} keeps; "
+            f"use {' or '.join(WITH_MASTER_WEIGHTS)}, or train.precision=amp"
         )
     kept = {name: kwargs[name] for name in ("lr", "betas", "eps") if name in kwargs}
     return MasterAdamW, {**kept, "fused": bool(kwargs.get("fused"))}

@@ -17,6 +17,8 @@ from neox_hf.modeling.initialization import INIT_METHODS
 from neox_hf.modeling.presets import PRESETS
 from neox_hf.modeling.settings import NEED_NO_NEW_WEIGHTS, ModelSettings
 from neox_hf.parallel.settings import ParallelSettings
+from neox_hf.training.optimizers import WITH_MASTER_WEIGHTS
+from neox_hf.training.precision import default_precision, precision_of
 
 NOT_YET = "is not available yet; this release trains with data parallelism"
 
@@ -185,6 +187,7 @@ def train_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
     yield from _schedule_problems(train)
     yield from _strategy_problems(train)
     yield from _best_model_problems(train)
+    yield from _optimizer_problems(train)
     known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
     for name in [train.report_to] if isinstance(train.report_to, str) else train.report_to or []:
         if name not in known:
@@ -209,6 +212,17 @@ def _batch_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
             "leave the accumulation out, it follows from the world"
         )
         yield Problem(("train", "global_batch_size"), total, message)
+
+
+def _optimizer_problems(train: Any) -> Iterator[Problem]:
+    precision = default_precision() if train.precision == "auto" else train.precision
+    optimizer = getattr(train.optim, "value", train.optim)
+    if precision_of(precision).master and optimizer not in WITH_MASTER_WEIGHTS:
+        message = (
+            f"keeps no fp32 master weights, which train.precision = {precision} needs; "
+            f"use {' or '.join(WITH_MASTER_WEIGHTS)}, or train.precision = amp"
+        )
+        yield Problem(("train", "optim"), optimizer, message)
 
 
 def _schedule_problems(train: Any) -> Iterator[Problem]:

@@ -262,6 +262,13 @@ def test_a_default_that_does_not_fit_says_that_it_is_one(base):
     )
 
 
+def test_master_weights_need_adamw(base):
+    assert refusal(base, "train.precision=bf16", "train.optim=adafactor") == (
+        "override 'train.optim=adafactor': train.optim = \"adafactor\": keeps no fp32 master weights, which "
+        "train.precision = bf16 needs; use adamw_torch_fused or adamw_torch, or train.precision = amp"
+    )
+
+
 def test_a_key_of_another_section_is_found(base):
     assert refusal(base, "train.seq_length=5").endswith("unknown key; did you mean data.seq_length?")
 
