@@ -61,7 +61,7 @@ class DocumentEncoder:
         token = self._tokenizer.id_to_token(wrong) if wrong >= 0 else None
         raise DataError(
             f"{document.where()}: token {place} of the document has id {wrong} ({token!r}), outside [0, "
-            f"vocab_size={self.vocab_size}); tokenizer and model do not belong together, or model.vocab_size is too small"
+            f"vocab_size={self.vocab_size}); tokenizer and model do not fit, or model.vocab_size is too small"
         )
 
 
