@@ -62,7 +62,14 @@ def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topolog
     )
     set_seed(args.seed)
     model = build_model(recipe.model, tokenizer, recipe.data.seq_length, args.device)
-    place = {"data_rank": topology.data_rank, "data_size": topology.data, "vocab_size": model.config.vocab_size}
+    place = {
+        "data_rank": topology.data_rank,
+        "data_size": topology.data,
+        "vocab_size": model.config.vocab_size,
+        "quarantine": output_dir / "quarantine.jsonl",
+    }
+    # Before the streams: it sets how long the Hub's client waits, and they may talk to the Hub too.
+    publisher = HubPublisher(recipe.hub, output_dir) if recipe.hub.push and topology.rank == 0 else None
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     evaluation = {"batch_size": args.per_device_eval_batch_size, **place}
     return NeoXTrainer(
@@ -73,7 +80,7 @@ def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topolog
         eval_dataset=evaluation_batches(recipe.data, tokenizer, **evaluation) if evaluates else None,
         processing_class=tokenizer,
         workers=recipe.data.workers,
-        publisher=HubPublisher(recipe.hub, output_dir) if recipe.hub.push and topology.rank == 0 else None,
+        publisher=publisher,
         documents=run_documents(recipe.resolved()),
     )
 

@@ -114,6 +114,12 @@ class NeoXTrainer(Trainer):
 
     # One step
 
+    def _prepare_input(self, data: Any) -> Any:
+        # HF's copy waits for the device to finish what it was given before; out of pinned memory nobody need wait.
+        if isinstance(data, Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         wrapped = super()._wrap_model(model, training, dataloader)
         return self.engine.prepare(wrapped) if training else wrapped
