@@ -12,7 +12,7 @@ from neox_hf.checkpoint import OutputLock
 from neox_hf.checkpoint.directory import finished_checkpoints, recover
 from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.data import TokenStream, build_tokenizer, evaluation_batches
-from neox_hf.errors import CheckpointError
+from neox_hf.errors import CheckpointError, DataError, DivergenceError
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.settings import ModelSettings, model_config
 from neox_hf.parallel.collectives import first_rank_first, from_first_rank
@@ -26,7 +26,7 @@ from neox_hf.training.trainer import NeoXTrainer
 logger = logging.getLogger(__name__)
 
 STOPPED_BY_SIGNAL = 143
-SECONDS_TO_PUSH_AFTER_A_SIGNAL = 5.0
+SECONDS_TO_PUSH_IN_A_HURRY = 5.0
 
 
 def pretrain(recipe: Recipe) -> int:
@@ -42,16 +42,25 @@ def pretrain(recipe: Recipe) -> int:
     with ExitStack() as held:
         _take_output_dir(args, topology, held)
         trainer = build_trainer(recipe, args, topology)
-        trainer.train(args.resume_from_checkpoint)
+        try:
+            trainer.train(args.resume_from_checkpoint)
+        except (DataError, DivergenceError):
+            push_in_a_hurry(trainer)
+            raise
         return stop_run(trainer) if trainer.stop_signal else finish_run(trainer, recipe)
 
 
 def stop_run(trainer: NeoXTrainer) -> int:
-    """End after a stop signal. The launcher kills soon, so uploads get little time; they stay queued on disk."""
+    """End after a stop signal."""
     logger.warning("stopped by signal %d after saving step %d", trainer.stop_signal, trainer.state.global_step)
-    if trainer.publisher is not None:
-        print(trainer.publisher.close(SECONDS_TO_PUSH_AFTER_A_SIGNAL))
+    push_in_a_hurry(trainer)
     return STOPPED_BY_SIGNAL
+
+
+def push_in_a_hurry(trainer: NeoXTrainer) -> None:
+    """Give uploads little time, since a launcher may kill soon, and tell what stays queued on disk."""
+    if trainer.publisher is not None:
+        print(trainer.publisher.close(SECONDS_TO_PUSH_IN_A_HURRY))
 
 
 def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topology) -> NeoXTrainer:

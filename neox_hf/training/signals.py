@@ -3,8 +3,12 @@
 A signal may reach one rank, or each at another moment. So it only sets a flag; after each step the ranks agree, by
 the maximum of their flags over a host-side group, and all of them see the stop at the same step. Survivors of a dead
 peer get a SIGTERM from the launcher too: their agreement fails with the peer, so they never try to save without it.
+
+`accelerate launch` of a single process dies of a SIGTERM without passing it on. Its child then takes the death of the
+launcher for the signal.
 """
 
+import os
 import signal
 from types import FrameType
 
@@ -12,6 +16,11 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def launched_without_agent() -> bool:
+    """Whether the parent is `accelerate launch` itself, and not torch's elastic agent, which forwards signals."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 class StopRequest:
@@ -26,6 +35,7 @@ class StopRequest:
         self.agreed = 0
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._previous: dict[int, object] = {}
+        self._launcher = os.getppid() if launched_without_agent() else None
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
@@ -42,6 +52,8 @@ class StopRequest:
 
     def agree(self) -> int:
         """The signal on which all ranks stop after this step, or 0. Every rank must call this once a step."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.received = self.received or signal.SIGTERM
         if self._group is None:
             self.agreed = self.received
         else:

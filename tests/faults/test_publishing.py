@@ -1,0 +1,177 @@
+"""A run that publishes: every checkpoint a revision, the final model with its card on `main`, whatever the network
+does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer
+from tests.runs import Runs
+
+TOKEN = "hf_" + "Loopback" * 5
+REPO = "tester/tiny"
+PUSH = ["hub.push=true", f"hub.repo_id={REPO}", "hub.timeout=5", "hub.attempts=2", "hub.retry_wait=0.02"]
+PUSH += ["train.max_steps=4"]
+ALLOWED = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "loss_curve.png",
+    "model.safetensors",
+    "recipe.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("publishing"))
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer(TOKEN) as server:
+        yield server
+
+
+def use_hub(rank: int, url: str, offline: bool = False) -> None:
+    """What HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE would have set, had they been there when the client was imported."""
+    from huggingface_hub import constants
+
+    os.environ["HF_TOKEN"] = TOKEN
+    constants.ENDPOINT = url
+    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_OFFLINE = offline
+
+
+def all_files(hub: HubServer) -> Iterator[tuple[str, bytes]]:
+    for commit in hub.repositories[REPO].commits.values():
+        yield from commit.files.items()
+
+
+def unpushed(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / ".hub-queue").glob("0*-*"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_checkpoints_become_revisions_and_main_has_card_and_curve(runs, hub, world_size):
+    name, one = f"whole-{world_size}", "train.per_device_train_batch_size=1"
+    evaluate = ["train.eval_strategy=steps", "train.eval_steps=2", "train.per_device_eval_batch_size=1"]
+    codes = runs.run(name, *PUSH, *evaluate, one, world_size=world_size, prepare=use_hub, url=hub.url)
+    assert codes == [0] * world_size, runs.message(name)
+    assert hub.pushes == ["step2", "step4", "main"]
+    assert "pushed to the Hub: step2, step4, main\n" in runs.message(name)
+    assert unpushed(runs.folder / name) == []
+    for step in (2, 4):
+        local = runs.folder / name / f"checkpoint-{step}"
+        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert hub.files(REPO, f"step{step}")[file] == (local / file).read_bytes()
+    main = hub.files(REPO)
+    assert main["model.safetensors"] == hub.files(REPO, "step4")["model.safetensors"]
+    assert main["loss_curve.png"].startswith(b"\x89PNG")
+    assert_card(main["README.md"].decode(), tokens=4 * 2 * world_size * 32)
+    assert {path for path, _ in all_files(hub)} <= ALLOWED
+    assert not [path for path, content in all_files(hub) if TOKEN.encode() in content]
+
+
+def assert_card(card: str, tokens: int) -> None:
+    for text in ("license: apache-2.0", "loss_curve.png", "corpus.jsonl", f"{tokens:,}", "step2", "learning_rate"):
+        assert text in card, f"the card does not tell {text}\n{card}"
+    assert f'from_pretrained("{REPO}"' in card
+
+
+def test_what_is_pushed_loads(runs, hub, tmp_path):
+    from safetensors.torch import load
+    from transformers import AutoTokenizer
+
+    assert runs.run("loads", *PUSH, prepare=use_hub, url=hub.url) == [0], runs.message("loads")
+    for path, content in hub.files(REPO, "step4").items():
+        (tmp_path / path).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 256
+    assert load(hub.files(REPO)["model.safetensors"])["embed_out.weight"].shape == (384, 32)
+
+
+@pytest.mark.parametrize(("required", "code"), [(False, 0), (True, 1)])
+def test_a_dead_server_does_not_stop_training(runs, hub, required, code):
+    name = f"dead-{required}"
+    hub.script(".*", times=10_000, status=503)
+    options = [*PUSH, f"hub.require_push={json.dumps(required)}"]
+    assert runs.run(name, *options, prepare=use_hub, url=hub.url) == [code], runs.message(name)
+    message, folder = runs.message(name), runs.folder / name
+    assert "pushed to the Hub: nothing" in message
+    assert "not pushed: step2 (" in message
+    assert f"push later with: python -m neox_hf.checkpoint.hub.push {folder}\n" in message
+    assert "load it with:" in message
+    assert hub.pushes == []
+    assert unpushed(folder) == ["000001-step2", "000002-step4", "000003-main"]
+
+    if required:
+        hub.heal()
+        assert push_later(hub, folder) == "pushed to the Hub: step2, step4, main"
+        assert hub.pushes == ["step2", "step4", "main"]
+        assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def push_later(hub: HubServer, folder: Path) -> str:
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "neox_hf.checkpoint.hub.push", str(folder)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_offline_nothing_is_asked_and_the_next_run_pushes(runs, hub):
+    assert runs.run("offline", *PUSH, prepare=use_hub, url=hub.url, offline=True) == [0], runs.message("offline")
+    assert hub.requests == []
+    assert "HF_HUB_OFFLINE" in runs.message("offline")
+    assert "push later with: " in runs.message("offline")
+    assert runs.run("offline", *PUSH, "train.max_steps=6", prepare=use_hub, url=hub.url) == [0]
+    assert hub.pushes[:2] == ["step2", "step4"]
+    assert hub.pushes[-2:] == ["step6", "main"]
+
+
+def test_a_stopped_run_keeps_its_pushes_for_the_next(runs, hub):
+    hub.script(".*", times=10_000, status=503)
+    assert runs.run("stopped", *PUSH, prepare=stop_at, url=hub.url, at_step=2) == [143], runs.message("stopped")
+    assert "not pushed: step2 (" in runs.message("stopped")
+    hub.heal()
+    assert runs.run("stopped", *PUSH, prepare=use_hub, url=hub.url) == [0], runs.message("stopped")
+    assert hub.pushes == ["step2", "step3", "step4", "main"]
+
+
+def stop_at(rank: int, url: str, at_step: int) -> None:
+    import signal
+
+    from tests.faults.test_interruptions import signal_self
+
+    use_hub(rank, url)
+    signal_self(rank, signal.SIGTERM, at_step=at_step, on_rank=0)
+
+
+def test_a_diverged_run_tells_what_it_did_not_push(runs, hub):
+    from tests.faults.test_exit_codes import last_line
+
+    hub.script(".*", times=10_000, status=503)
+    assert runs.run("diverged", *PUSH, prepare=diverge, url=hub.url) == [4], runs.message("diverged")
+    assert "not pushed: step2 (" in runs.message("diverged")
+    assert last_line(runs, "diverged").startswith("error: step 4: the gradient norm is nan")
+
+
+def diverge(rank: int, url: str) -> None:
+    from tests.faults.test_exit_codes import spoil
+
+    use_hub(rank, url)
+    spoil(rank, at_steps=[4])
