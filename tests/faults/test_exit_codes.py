@@ -33,13 +33,30 @@ def last_line(runs: Runs, name: str, rank: int = 0) -> str:
 # Data: 3
 
 
-def test_a_broken_row_ends_with_code_3_and_its_place(runs):
+@pytest.fixture(scope="module")
+def broken(runs) -> Path:
+    """A corpus whose second row, of the second stream, is broken."""
     path = runs.folder / "broken.jsonl"
     lines = runs.corpus.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
-    assert runs.run("broken", f"data.sources=[{{path: {path}}}]", "data.shuffle=false") == [3]
-    assert last_line(runs, "broken").startswith(f"error: {path}:2: ")
-    assert "Traceback" not in runs.message("broken")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_row_ends_with_code_3_and_its_place(runs, broken, workers):
+    name = f"broken-{workers}"
+    options = [f"data.sources=[{{path: {broken}}}]", "data.shuffle=false", f"data.workers={workers}"]
+    assert runs.run(name, *options) == [3]
+    assert last_line(runs, name).startswith(f"error: {broken}:2: broken_json: ")
+    assert "Traceback" not in runs.message(name)
+
+
+def test_a_broken_row_of_one_rank_is_told_by_that_rank_and_ends_all(runs, broken):
+    options = [f"data.sources=[{{path: {broken}}}]", "data.shuffle=false", ONE]
+    codes = runs.run("broken-pair", *options, world_size=2)
+    assert codes[1] == 3
+    assert codes[0] != 0, "its peer is gone"
+    assert last_line(runs, "broken-pair", 1).startswith(f"error on rank 1: {broken}:2: broken_json: ")
 
 
 def test_a_token_id_beyond_the_vocabulary_ends_with_code_3(runs):

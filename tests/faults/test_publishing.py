@@ -3,16 +3,15 @@ does.
 """
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hub_server import HubServer
-from tests.runs import Runs
+from tests.runs import Runs, exit_codes
 
 TOKEN = "hf_" + "Loopback" * 5
 REPO = "tester/tiny"
@@ -115,22 +114,21 @@ def test_a_dead_server_does_not_stop_training(runs, hub, required, code):
 
     if required:
         hub.heal()
-        assert push_later(hub, folder) == "pushed to the Hub: step2, step4, main"
+        command = multiprocessing.get_context("forkserver").Process(target=push_later, args=(hub.url, folder))
+        command.start()
+        assert exit_codes([command]) == [0]
         assert hub.pushes == ["step2", "step4", "main"]
         assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
-def push_later(hub: HubServer, folder: Path) -> str:
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "neox_hf.checkpoint.hub.push", str(folder)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def push_later(url: str, folder: Path) -> None:
+    """What the command runs."""
+    import sys
+
+    from neox_hf.checkpoint.hub.push import main
+
+    use_hub(0, url)
+    sys.exit(main([str(folder)]))
 
 
 def test_offline_nothing_is_asked_and_the_next_run_pushes(runs, hub):
