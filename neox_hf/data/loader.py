@@ -1,46 +1,58 @@
 """Samples to batches, and the position of the run as the trainer has seen it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
 
 from neox_hf.data.batches import make_batch
+from neox_hf.data.prefetch import Prefetch
 from neox_hf.data.state import rank_state, restored_position
 from neox_hf.data.stream import Position, Sample, TokenStream
 from neox_hf.data.workers import WorkerPool
+
+Batch = dict[str, torch.Tensor]
+
+BATCHES_AHEAD = 4
 
 
 class StreamLoader:
     """Endless batches of `batch_size` samples of one data rank.
 
     The order of samples does not depend on `batch_size` or `workers` (processes beside this one; 0 reads in this
-    one). Iterating again goes on where the last batch handed out ended.
+    one). With workers a thread makes batches, up to `ahead` of them before they are asked for: a step that takes all
+    its micro-batches at once does not wait for them. Iterating again goes on where the last batch handed out ended.
     """
 
-    def __init__(self, stream: TokenStream, batch_size: int, workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_size: int,
+        workers: int = 0,
+        pin_memory: bool = False,
+        ahead: int = BATCHES_AHEAD,
+    ) -> None:
         self.stream = stream
         self.batch_size = batch_size
         self.workers = workers
         self.pin_memory = pin_memory
+        self.ahead = ahead
         self._position = stream.position
         self._taken = 0
         self._pool: WorkerPool | None = None
+        self._prefetch: Prefetch | None = None
         self._worker_bad_rows: dict[int, Counter[str]] = {}
         self._fingerprint = stream.fingerprint()
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Batches as docs/architecture.md names their parts. Raises DataError, also for what a worker met."""
         self.close()
         self.stream.position = self._position
-        samples = self._samples()
         try:
-            while True:
-                taken = list(islice(samples, self.batch_size))
-                batch = self._batch(taken)
+            for taken, batch in self._batches():
                 self._advance(taken)
-                yield batch
+                yield pinned(batch) if self.pin_memory else batch
         finally:
             self.close()
 
@@ -63,26 +75,34 @@ class StreamLoader:
         self._position = restored_position(state, self._fingerprint, self.stream.data_rank, self.stream.data_size)
 
     def close(self) -> None:
-        """Ends the loader processes, if any."""
+        """Ends the thread and the loader processes, if any."""
+        if self._prefetch is not None:
+            self._prefetch.close(unblock=self._pool.kill)
+            self._prefetch = None
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
-    def _samples(self) -> Iterator[Sample]:
+    def _batches(self) -> Iterable[tuple[list[Sample], Batch]]:
         if self.workers == 0:
-            return self.stream.samples()
+            return self._batches_of(self.stream.samples())
         self._pool = WorkerPool(self.stream, self.workers, on_bad_rows=self._worker_bad_rows.__setitem__)
-        return self._pool.samples()
+        self._prefetch = Prefetch(self._batches_of(self._pool.samples()), self.ahead)
+        return self._prefetch
 
-    def _batch(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    def _batches_of(self, samples: Iterator[Sample]) -> Iterator[tuple[list[Sample], Batch]]:
+        while True:
+            taken = list(islice(samples, self.batch_size))
+            yield taken, self._batch(taken)
+
+    def _batch(self, samples: list[Sample]) -> Batch:
         settings = self.stream.settings
-        batch = make_batch(
+        return make_batch(
             [sample.tokens for sample in samples],
             self.stream.encoder.end_of_document,
             document_mask=settings.document_mask,
             eod_mask_loss=settings.eod_mask_loss,
         )
-        return pinned(batch) if self.pin_memory else batch
 
     def _advance(self, samples: list[Sample]) -> None:
         cursors = {**self._position.cursors, **{sample.lane: sample.next for sample in samples}}
@@ -90,7 +110,7 @@ class StreamLoader:
         self._position = Position(samples[-1].index + self.stream.data_size, cursors)
 
 
-def pinned(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pinned(batch: Batch) -> Batch:
     """The batch in page-locked memory; tensors that were one stay one."""
     pages = {tensor: tensor.pin_memory() for tensor in set(batch.values())}  # tensors hash by identity
     return {name: pages[tensor] for name, tensor in batch.items()}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 
 from neox_hf.data.stream import Sample, TokenStream
 from neox_hf.errors import DataError
@@ -44,6 +45,8 @@ class WorkerPool:
             process.start()
             writing.close()
             self._processes.append(process)
+        # At exit multiprocessing sends daemons the SIGTERM that these ignore: they must be gone before that.
+        Finalize(self, _kill, args=(self._processes,), exitpriority=1)
 
     def samples(self) -> Iterator[Sample]:
         """This rank's samples in the run's order. Raises the DataError that a worker met, or one that says it died."""
@@ -67,18 +70,23 @@ class WorkerPool:
             yield sample
             index += self._stream.data_size
 
+    def kill(self) -> None:
+        """Ends the processes; whoever waits for a sample is told so by an error. They keep nothing worth a farewell."""
+        _kill(self._processes)
+
     def close(self) -> None:
-        """Ends the processes and waits for them."""
+        """Ends the processes and waits for them. No other thread may be waiting for a sample."""
+        self.kill()
         for pipe in self._pipes:
             pipe.close()
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join(STOP_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
         self._pipes, self._processes = [], []
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _enlarge(pipe: Connection) -> None:
@@ -90,9 +98,10 @@ def _enlarge(pipe: Connection) -> None:
 
 def _work(stream: TokenStream, worker: int, workers: int, pipe: Connection, inherited: list[Connection]) -> None:
     """Sends samples until the reader is gone."""
-    # The parent decides when to stop: its own handlers must not run here, and Ctrl-C reaches the whole process group.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent decides when to stop. A scheduler signals all processes of a job, Ctrl-C the whole process group: a
+    # worker that died of it would take the checkpoint with it that the parent is about to write.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker, and no threads to be lost in the fork
     for reading in inherited:
         reading.close()  # else a worker would keep the pipes of others open after the parent's death

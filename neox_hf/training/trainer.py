@@ -95,6 +95,8 @@ class NeoXTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size,
             workers=self.workers,
             pin_memory=self.args.device.type == "cuda",
+            # HF takes all micro-batches of a step at once, to count their labels.
+            ahead=self.args.gradient_accumulation_steps + 1,
         )
         return self.loader
 

@@ -1,6 +1,7 @@
 """Loader processes end when they should, and say what went wrong."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from itertools import islice
 
 import pytest
 
-from neox_hf.data import StreamLoader, workers
+from neox_hf.data import StreamLoader
 from neox_hf.errors import DataError
 from tests.data.naive import make_texts, settings_for, write_jsonl
 
@@ -43,14 +44,45 @@ def test_close_ends_the_processes(stream_over, settings):
     del batches
 
 
-def test_close_does_not_wait_for_a_process_that_does_not_answer(stream_over, settings, monkeypatch):
-    monkeypatch.setattr(workers, "STOP_SECONDS", 0.05)
+def test_close_does_not_wait_for_a_process_that_does_not_answer(stream_over, settings):
     loader = StreamLoader(stream_over(settings), 2, workers=1)
     batches, pids = started(loader)
     os.kill(pids[0], signal.SIGSTOP)
     loader.close()
     assert not is_alive(pids[0])
     del batches
+
+
+def test_workers_survive_the_signals_of_a_scheduler(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    batches, pids = started(loader)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGUSR1)
+    for _ in islice(batches, 50):
+        pass
+    assert all(map(is_alive, pids))
+    loader.close()
+
+
+def test_a_closed_loader_gives_an_old_iterator_nothing_more(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    batches, _ = started(loader)
+    loader.close()
+    assert list(batches) == []
+
+
+def start_and_forget(loader):
+    loader.kept = started(loader)  # a cycle: nothing collects it before the interpreter ends
+    gc.disable()
+
+
+def test_a_process_that_forgets_to_close_ends(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    child = multiprocessing.get_context("fork").Process(target=start_and_forget, args=(loader,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
 
 
 def test_dropping_the_iterator_ends_the_processes(stream_over, settings):
