@@ -102,8 +102,10 @@ def build_model(
         return GPTNeoXForCausalLM.from_pretrained(
             settings.pretrained, revision=settings.revision or "main", dtype=torch.float32, **settings.config_fields()
         )
+    config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     with torch.device(device):
-        return GPTNeoXForCausalLM(model_config(settings, tokens=len(tokenizer), seq_length=seq_length))
+        return GPTNeoXForCausalLM(config)
 
 
 def _take_output_dir(args: NeoXTrainingArguments, topology: Topology, held: ExitStack) -> None:

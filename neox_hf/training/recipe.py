@@ -99,6 +99,8 @@ class Recipe:
             values["save_strategy"] = "no"  # the schedule's own callback asks for its steps
         # Without it HF takes a CPU host for a world of one and every rank trains alone in the same folder.
         use_cpu = not torch.cuda.is_available()
+        if use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported by Accelerate, warns of its guess
         try:
             arguments = NeoXTrainingArguments(**values, use_cpu=use_cpu)
         except ValueError as error:

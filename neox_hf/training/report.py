@@ -53,14 +53,11 @@ def finish_run(trainer: NeoXTrainer, recipe: Recipe) -> int:
     plot_loss_curve(trainer.state.log_history, output_dir / LOSS_CURVE)
     (output_dir / "README.md").write_text(model_card(card_facts(trainer, recipe)), encoding="utf-8")
     print(f"\nsample of generated text:\n{sample_text(trainer)}\n")
-    code = 0
-    if trainer.publisher is not None:
-        trainer.publisher.publish_final(output_dir)
-        report = trainer.publisher.close(recipe.hub.wait_at_end)
-        print(report)
-        code = 1 if report.pending and recipe.hub.require_push else 0
+    published = trainer.publish(recipe.hub.wait_at_end)
+    if published is not None:
+        print(published)
     _tell(trainer, output_dir)
-    return code
+    return 1 if published is not None and published.pending and recipe.hub.require_push else 0
 
 
 def card_facts(trainer: NeoXTrainer, recipe: Recipe) -> CardFacts:

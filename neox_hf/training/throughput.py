@@ -5,7 +5,10 @@ TFLOP/s per device = tokens/s per device x FLOPs per token; the formula is `mode
 matrix-product rate this device sustains, measured at start.
 """
 
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -63,30 +66,35 @@ class Throughput:
             self._seconds += time.perf_counter() - self._since
             self._since = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        running = self._since is not None
+        self.pause()
+        try:
+            yield
+        finally:
+            if running:
+                self.start()
+
     def count(self, tokens: int) -> None:
         """Add the tokens of one micro-batch of this device."""
         self._tokens += tokens
 
     def read(self, devices: int) -> dict[str, float]:
         """Figures since the last reading; `tokens_per_second` is of all `devices`, TFLOP/s and memory of one."""
-        running = self._since is not None
-        self.pause()
-        per_second = self._tokens / self._seconds if self._seconds else 0.0
+        with self.paused():
+            per_second = self._tokens / self._seconds if self._seconds else 0.0
+            self._tokens, self._seconds = 0, 0.0
         tflops = per_second * self.flops_per_token / 1e12
-        figures = {
+        return {
             "tokens_per_second": round(per_second * devices),
             "tflops_per_device": round(tflops, 4),
             "mfu": round(tflops / self.peak_tflops, 4),
             "memory_gib": round(self._memory_gib(), 3),
         }
-        self._tokens, self._seconds = 0, 0.0
-        if running:
-            self.start()
-        return figures
 
     def _memory_gib(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, open_checkpoint, write_final
-from neox_hf.checkpoint.hub import HubPublisher
+from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.modeling.accounting import flops_per_token
 from neox_hf.parallel.topology import Topology
@@ -166,8 +166,8 @@ class NeoXTrainer(Trainer):
     # Evaluation and figures
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self.throughput.pause()
-        output = self.engine.evaluate(dataloader, *args, **kwargs)
+        with self.throughput.paused():
+            output = self.engine.evaluate(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         if (loss := output.metrics.get(f"{prefix}_loss")) is not None:
             # Beyond exp(700) a double overflows; such a model has no perplexity worth a number.
@@ -180,12 +180,19 @@ class NeoXTrainer(Trainer):
             logs["consumed_tokens"] = self.state.num_input_tokens_seen
             if self.guard.skipped_steps:
                 logs["skipped_steps"] = self.guard.skipped_steps
-            if self.loader is not None and self.loader.bad_rows:
-                logs["bad_rows"] = sum(self.loader.bad_rows.values())
+            if bad_rows := self._bad_rows():
+                logs["bad_rows"] = bad_rows
             if not math.isfinite(logs["loss"]):
                 # HF subtracts the sum it has logged from itself, which would leave the NaN in it for ever.
                 self._tr_loss.zero_()
         super().log(logs, start_time)
+
+    def _bad_rows(self) -> int:
+        """Rows that all ranks have dropped so far. Every rank calls it."""
+        if self.loader is None or self.loader.stream.settings.bad_rows == "error":
+            return 0
+        mine = torch.tensor(sum(self.loader.bad_rows.values()), device=self.args.device)
+        return int(self.accelerator.reduce(mine, reduction="sum"))
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> float:
         return inputs["input_ids"].numel() * self._flops_per_token
@@ -242,10 +249,10 @@ class NeoXTrainer(Trainer):
         return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.throughput.pause()
         self.guard.settle()
         self.store_flos()
-        path = self.run_state.save()
+        with self.throughput.paused():
+            path = self.run_state.save()
         if self.publisher is not None:
             self.publisher.publish_step(path, self.state.global_step)
 
@@ -273,6 +280,16 @@ class NeoXTrainer(Trainer):
         """Write the model and its tokenizer, on rank 0, so that `from_pretrained` loads them; each file atomically."""
         if self.args.should_save:
             write_final(self.model, self.processing_class, Path(output_dir or self.args.output_dir), {})
+
+    def publish(self, wait_seconds: float | None = None) -> PublishReport | None:
+        """Push what lies in the output directory to `main`, and wait for all uploads; None without a publisher.
+
+        What does not get through in time stays queued on disk, and the report says how to push it later.
+        """
+        if self.publisher is None:
+            return None
+        self.publisher.publish_final(Path(self.args.output_dir))
+        return self.publisher.close(wait_seconds)
 
 
 class _StepWatch(TrainerCallback):
