@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-slow check style coverage bench clean
+.PHONY: install demo test test-slow test-gpu check style coverage bench clean
 
 install: $(STAMP)
 
@@ -22,10 +22,13 @@ demo: ## set-up, then the main job on the embedded corpus
 	@scripts/demo.sh
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not multigpu and not slow and not network" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not multigpu and not slow and not network" --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow"
+
+test-gpu: install ## on a machine with a CUDA device
+	$(BIN)/python -m pytest -m "gpu"
 
 check: install
 	$(BIN)/ruff check .
