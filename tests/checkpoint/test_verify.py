@@ -22,7 +22,7 @@ def files_of(path: Path) -> list[str]:
 def test_a_whole_checkpoint_is_valid(checkpoint):
     manifest = verify_checkpoint(checkpoint)
     assert (manifest.step, manifest.world_size, manifest.metadata) == (3, 1, {"consumed_samples": 24})
-    assert set(manifest.versions) == {"python", "neox_hf", "torch", "transformers", "safetensors", "numpy"}
+    assert {"python", "neox_hf", "torch", "transformers", "safetensors", "numpy"} <= set(manifest.versions)
     assert set(files_of(checkpoint)) == {
         "config.json",
         "generation_config.json",
