@@ -8,6 +8,7 @@ python recipes/pretrain.py --config recipes/neox_20b.yaml --dry-run
 import sys
 
 from neox_hf.training.command_line import exit_on_user_error, parse_command_line
+from neox_hf.training.console import launched_rank, log_to_stderr
 from neox_hf.training.dry_run import dry_run_report
 from neox_hf.training.pretraining import pretrain
 from neox_hf.training.recipe import load_recipe
@@ -15,6 +16,7 @@ from neox_hf.training.recipe import load_recipe
 
 @exit_on_user_error()
 def main() -> int:
+    log_to_stderr(launched_rank())
     command = parse_command_line(sys.argv[1:])
     recipe = load_recipe(command.paths, command.directory, command.overrides)
     if command.dry_run:

@@ -5,41 +5,67 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from neox_hf.errors import CheckpointError, DataError, DivergenceError, RecipeError, TopologyError
 from neox_hf.parallel.topology import Topology
 
 T = TypeVar("T")
+
+TRAVELLING = (
+    RecipeError,
+    TopologyError,
+    DataError,
+    DivergenceError,
+    CheckpointError,
+    ValueError,
+    OSError,
+    RuntimeError,
+)
+"""What an error becomes on its way to another rank: each is made from a message, others may want more, or not pickle."""
 
 
 def from_first_rank(topology: Topology, compute: Callable[[], T]) -> T:
     """What `compute` returns on rank 0, on every rank. What is returned must pickle.
 
     Raises:
-        ValueError: whatever error of that family, or OSError, `compute` raised; on every rank, so that none is left
-            waiting for a rank that has gone.
+        Exception: on rank 0 whatever `compute` raised. On the others its nearest relative of TRAVELLING, so that none
+            is left waiting for a rank that has gone; its `spoken_by_first_rank` is True.
     """
     if topology.world_size == 1:
         return compute()
-    answer: list[object] = [None, None]
-    error: Exception | None = None
     if topology.rank == 0:
-        try:
-            answer[0] = compute()
-        except (ValueError, OSError) as raised:
-            error = raised
-            answer[1] = type(raised)(*raised.args)
+        return _compute_and_tell(compute)
+    answer: list[object] = [None, None]
     dist.broadcast_object_list(answer, src=0)
-    if error is not None:
+    result, failure = answer
+    if failure is not None:
+        kind, message = failure
+        error = kind(message)
+        error.spoken_by_first_rank = True
         raise error
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    return result
+
+
+def _compute_and_tell(compute: Callable[[], T]) -> T:
+    try:
+        result = compute()
+    except Exception as raised:
+        dist.broadcast_object_list([None, _kind_and_message(raised)], src=0)
+        raise
+    dist.broadcast_object_list([result, None], src=0)
+    return result
+
+
+def _kind_and_message(raised: Exception) -> tuple[type[Exception], str]:
+    own = type(raised)
+    kind = next((parent for parent in own.__mro__ if parent in TRAVELLING), RuntimeError)
+    return kind, str(raised) if kind is own else f"{own.__name__}: {raised}"
 
 
 def first_rank_first(topology: Topology, compute: Callable[[], T]) -> T:
     """`compute` on rank 0, and once that is done on every other rank, which may find there what rank 0 left.
 
     Raises:
-        ValueError: see `from_first_rank`.
+        Exception: see `from_first_rank`.
     """
     mine: list[T] = []
     from_first_rank(topology, lambda: mine.append(compute()))

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import NoReturn
 
 from neox_hf.config.overrides import is_override
 from neox_hf.errors import CheckpointError, DataError, DivergenceError, RecipeError, TopologyError
+from neox_hf.training.console import launched_rank
 
 USAGE = "%(prog)s --config A.yaml [B.yaml ...] [-d DIR] [--dry-run] [section.key=value ...]"
 
@@ -58,15 +58,16 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Command:
 def exit_on_user_error() -> Iterator[None]:
     """As a decorator or `with`: a user's mistake ends the process with its exit code and a message, no traceback.
 
-    Where every rank meets the same error, only rank 0 speaks. A data or checkpoint error may be one rank's alone,
-    so each rank that meets it says so under its number.
+    Where every rank meets the same error, or has it from rank 0 (see `from_first_rank`), only rank 0 speaks. A data
+    or checkpoint error may be one rank's alone, so each rank that meets it says so under its number.
     """
     try:
         yield
     except USER_ERRORS as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = launched_rank()
+        said_elsewhere = isinstance(error, SAME_ON_EVERY_RANK) or getattr(error, "spoken_by_first_rank", False)
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, SAME_ON_EVERY_RANK):
+        elif not said_elsewhere:
             print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None

@@ -1,8 +1,12 @@
 """What rank 0 decides, every rank knows; what it refuses, every rank raises."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from neox_hf.errors import CheckpointError
+from neox_hf.errors import CheckpointError, DataError
 from neox_hf.parallel.collectives import first_rank_first, from_first_rank
 from neox_hf.parallel.topology import Topology
 from tests.gloo import run_ranks
@@ -13,6 +17,7 @@ def decide(rank: int) -> str:
     assert from_first_rank(topology, lambda: f"decided by {rank}") == "decided by 0"
     with pytest.raises(CheckpointError, match="no room on rank 0"):
         from_first_rank(topology, refuse)
+    assert [how_it_ends(topology, failure) for failure in FAILURES] == (FIRST if rank == 0 else OTHERS)
     order: list[int] = []
     first_rank_first(topology, lambda: order.append(rank))
     assert order == [rank]
@@ -21,6 +26,45 @@ def decide(rank: int) -> str:
 
 def refuse() -> None:
     raise CheckpointError("no room on rank 0")
+
+
+class Elaborate(DataError):
+    """Cannot be made from its own `args`."""
+
+    def __init__(self, source: str, *, line: int) -> None:
+        super().__init__(f"{source}:{line} is torn")
+
+
+def tear() -> None:
+    raise Elaborate("a.jsonl", line=3)
+
+
+FAILURES = [refuse, tear, lambda: json.loads("{"), lambda: Path("/no/such").read_text(), lambda: {}["key"]]
+"""What fails on rank 0, in as many ways."""
+
+NO_FILE = "[Errno 2] No such file or directory: '/no/such'"
+NO_JSON = "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+FIRST = [
+    ("CheckpointError", "no room on rank 0", False),
+    ("Elaborate", "a.jsonl:3 is torn", False),
+    ("JSONDecodeError", NO_JSON, False),
+    ("FileNotFoundError", NO_FILE, False),
+    ("KeyError", "'key'", False),
+]
+OTHERS = [
+    ("CheckpointError", "no room on rank 0", True),
+    ("DataError", "Elaborate: a.jsonl:3 is torn", True),
+    ("ValueError", f"JSONDecodeError: {NO_JSON}", True),
+    ("OSError", f"FileNotFoundError: {NO_FILE}", True),
+    ("RuntimeError", "KeyError: 'key'", True),
+]
+
+
+def how_it_ends(topology: Topology, failure: Callable[[], object]) -> tuple[str, str, bool]:
+    with pytest.raises(Exception) as ended:
+        from_first_rank(topology, failure)
+    error = ended.value
+    return type(error).__name__, str(error), getattr(error, "spoken_by_first_rank", False)
 
 
 def test_two_ranks():

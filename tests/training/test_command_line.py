@@ -80,6 +80,16 @@ def test_a_user_error_ends_with_its_code(error, code, rank, monkeypatch, capsys)
         assert told.err == ""
 
 
+@pytest.mark.parametrize(("rank", "told"), [("0", "error: this is wrong\n"), ("1", "")])
+def test_an_error_that_came_from_rank_0_is_told_once(rank, told, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    error = DataError("this is wrong")
+    error.spoken_by_first_rank = True
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise error
+    assert capsys.readouterr().err == told
+
+
 def test_a_defect_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), exit_on_user_error():
         raise ZeroDivisionError
