@@ -32,6 +32,9 @@ class BadRow(Exception):
         self.detail = detail
 
 
+Policy = Literal["error", "skip", "quarantine"]
+
+
 class BadRowPolicy:
     """Applies `data.bad_rows`: stop with a DataError, or drop the row and count it, or also keep a copy of it.
 
@@ -41,7 +44,7 @@ class BadRowPolicy:
         had been read ahead when a run stopped appears again after its resumption.
     """
 
-    def __init__(self, policy: Literal["error", "skip", "quarantine"], quarantine: Path) -> None:
+    def __init__(self, policy: Policy, quarantine: Path) -> None:
         self.policy = policy
         self.quarantine = quarantine
         self.counts: Counter[str] = Counter()
@@ -73,6 +76,11 @@ class BadRowPolicy:
             os.write(descriptor, (json.dumps(record) + "\n").encode())
         finally:
             os.close(descriptor)
+
+
+def without_copies(policy: Policy) -> Policy:
+    """The policy for a reader of rows that another one keeps copies of."""
+    return "error" if policy == "error" else "skip"
 
 
 def _printable(raw: object) -> str:

@@ -1,6 +1,7 @@
 """The evaluation set: the first samples of the held-out split, the same at every data size."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from neox_hf.data.bad_rows import without_copies
 from neox_hf.data.batches import make_batch
 from neox_hf.data.settings import DataSettings
 from neox_hf.data.stream import TokenStream
@@ -17,10 +19,14 @@ from neox_hf.errors import DataError
 class EvaluationBatches:
     """This rank's share of the evaluation set, in batches of one size. Can be iterated any number of times.
 
-    Sample j goes to data rank j mod d. Every rank has the same number of equal batches, so the mean of the batches'
-    losses over all ranks is the mean over the set. Memory: 4 bytes for each of the rank's tokens.
+    Sample j goes to data rank j mod d. Every rank has the same number of batches of equal shape. Without
+    `eod_mask_loss` all batches have the same number of labels, and the mean of their losses over all ranks is the mean
+    over the set's labels. With it they differ by the documents that end in them, so that this mean, in which every
+    batch weighs the same, is in general not the mean over the labels and depends on how samples share batches.
+    Memory: 4 bytes for each of the rank's tokens.
 
-    bad_rows: rows dropped while reading the set, by class.
+    bad_rows: rows dropped while reading the set, by class. Every rank reads the whole set; only data rank 0 counts
+        them and keeps copies.
     """
 
     def __init__(self, samples: np.ndarray, batch_size: int, settings: DataSettings, stream: TokenStream) -> None:
@@ -71,6 +77,8 @@ def evaluation_batches(
             f"data.eval_samples={count} cannot be shared out: {data_size} data rank(s) x batches of {batch_size} take "
             f"multiples of {step}; set it to {' or '.join(map(str, nearest))}"
         )
+    if data_rank != 0:
+        settings = replace(settings, bad_rows=without_copies(settings.bad_rows))
     stream = TokenStream(settings, tokenizer, split="eval", vocab_size=vocab_size, quarantine=quarantine)
     mine = []
     for sample in islice(stream, count):
@@ -82,4 +90,6 @@ def evaluation_batches(
             )
         if sample.index % data_size == data_rank:
             mine.append(sample.tokens)
+    if data_rank != 0:
+        stream.bad_rows.counts.clear()
     return EvaluationBatches(np.stack(mine), batch_size, settings, stream)

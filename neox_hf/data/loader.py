@@ -1,7 +1,7 @@
 """Samples to batches, and the position of the run as the trainer has seen it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -15,6 +15,25 @@ from neox_hf.data.workers import WorkerPool
 Batch = dict[str, torch.Tensor]
 
 BATCHES_AHEAD = 4
+
+
+class ReadAhead:
+    """Batches of one iteration from loader processes, and the thread that makes them ahead.
+
+    Each iteration has its own, so that one that ends late ends nothing of the next.
+    """
+
+    def __init__(self, pool: WorkerPool, batches_of: Callable[[Iterator[Sample]], Iterator], ahead: int) -> None:
+        self.pool = pool
+        self._prefetch = Prefetch(batches_of(pool.samples()), ahead)
+
+    def __iter__(self) -> Iterator[tuple[list[Sample], Batch]]:
+        return iter(self._prefetch)
+
+    def close(self) -> None:
+        """Ends the thread and the processes; again is no harm."""
+        self._prefetch.close(unblock=self.pool.kill)
+        self.pool.close()
 
 
 class StreamLoader:
@@ -40,21 +59,24 @@ class StreamLoader:
         self.ahead = ahead
         self._position = stream.position
         self._taken = 0
-        self._pool: WorkerPool | None = None
-        self._prefetch: Prefetch | None = None
-        self._worker_bad_rows: dict[int, Counter[str]] = {}
+        self._read_ahead: ReadAhead | None = None
+        # All keys from the start: the thread sets values while others sum them up.
+        self._worker_bad_rows = {worker: Counter[str]() for worker in range(workers)}
         self._fingerprint = stream.fingerprint()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches as docs/architecture.md names their parts. Raises DataError, also for what a worker met."""
         self.close()
         self.stream.position = self._position
+        self._read_ahead = mine = self._start_read_ahead() if self.workers else None
+        batches: Iterable = self._batches_of(self.stream.samples()) if mine is None else mine
         try:
-            for taken, batch in self._batches():
+            for taken, batch in batches:
                 self._advance(taken)
                 yield pinned(batch) if self.pin_memory else batch
         finally:
-            self.close()
+            if mine is not None:
+                mine.close()
 
     @property
     def bad_rows(self) -> Counter[str]:
@@ -76,19 +98,13 @@ class StreamLoader:
 
     def close(self) -> None:
         """Ends the thread and the loader processes, if any."""
-        if self._prefetch is not None:
-            self._prefetch.close(unblock=self._pool.kill)
-            self._prefetch = None
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+            self._read_ahead = None
 
-    def _batches(self) -> Iterable[tuple[list[Sample], Batch]]:
-        if self.workers == 0:
-            return self._batches_of(self.stream.samples())
-        self._pool = WorkerPool(self.stream, self.workers, on_bad_rows=self._worker_bad_rows.__setitem__)
-        self._prefetch = Prefetch(self._batches_of(self._pool.samples()), self.ahead)
-        return self._prefetch
+    def _start_read_ahead(self) -> ReadAhead:
+        pool = WorkerPool(self.stream, self.workers, on_bad_rows=self._worker_bad_rows.__setitem__)
+        return ReadAhead(pool, self._batches_of, self.ahead)
 
     def _batches_of(self, samples: Iterator[Sample]) -> Iterator[tuple[list[Sample], Batch]]:
         while True:

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from neox_hf.data.assignment import Assignment, Cursor, Order, assign
-from neox_hf.data.bad_rows import BadRowPolicy
+from neox_hf.data.bad_rows import BadRowPolicy, without_copies
 from neox_hf.data.documents import Split, read_documents
 from neox_hf.data.encoding import DocumentEncoder, tokenizer_fingerprint
 from neox_hf.data.hashing import WeightedChoice
@@ -83,10 +83,10 @@ class TokenStream:
         self.encoder = DocumentEncoder(tokenizer, vocab_size)
         self.bad_rows = BadRowPolicy(settings.bad_rows, quarantine)
         self.split, self._chosen = choose_split(settings, split)
-        self._sources = open_sources(self._chosen, settings, self.streams, self.bad_rows)
+        # Every rank meets the faults of whole files; the first one records them.
+        opening = self.bad_rows if data_rank == 0 else BadRowPolicy(without_copies(settings.bad_rows), quarantine)
+        self._sources = open_sources(self._chosen, settings, self.streams, opening)
         self._choice = WeightedChoice([source.weight for source in self._chosen])
-        if data_rank != 0:
-            self.bad_rows.counts.clear()  # faults of whole files, which every rank has met
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         self.position = Position(data_rank, {})
 

@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from neox_hf.data.assignment import Order, assign
-from neox_hf.data.bad_rows import BadRowPolicy
+from neox_hf.data.bad_rows import BadRowPolicy, without_copies
 from neox_hf.data.documents import read_documents
 from neox_hf.data.settings import DataSettings, TokenizerSettings
 from neox_hf.data.stream import choose_split, open_sources
@@ -128,7 +128,7 @@ def char_tokenizer(texts: Iterator[str], vocab_size: int | None) -> PreTrainedTo
 def training_texts(data: DataSettings) -> Iterator[str]:
     """Texts of the training split in the run's order, from each source its weight's share of TRAINING_CHARACTERS."""
     split, chosen = choose_split(data, "train")
-    bad_rows = BadRowPolicy("error" if data.bad_rows == "error" else "skip", Path())
+    bad_rows = BadRowPolicy(without_copies(data.bad_rows), Path())
     total = sum(source.weight for source in chosen)
     for number, source in enumerate(open_sources(chosen, data, 1, bad_rows)):
         order = Order(source.parts, data.shuffle, data.seed, number)

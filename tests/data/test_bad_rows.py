@@ -81,6 +81,11 @@ def test_a_file_without_bytes(tmp_path, stream_over, name):
         stream_over(settings_for(tmp_path))
     loaders = [StreamLoader(stream_over(settings_for(tmp_path, bad_rows="skip"), rank, 2), 1) for rank in range(2)]
     assert [dict(loader.bad_rows) for loader in loaders] == [{"empty_file": 1}, {}]
+    kept = tmp_path.with_name("quarantine.jsonl")
+    for rank in range(2):
+        stream_over(settings_for(tmp_path, bad_rows="quarantine"), rank, 2, quarantine=kept)
+    assert [json.loads(line)["kind"] for line in kept.read_text().splitlines()] == ["empty_file"]
+    kept.unlink()
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"holds no document: its 1 file\(s\) are all empty"):
         stream_over(settings_for(tmp_path, bad_rows="skip"))

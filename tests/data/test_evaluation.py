@@ -1,5 +1,6 @@
 """The evaluation set is the same at every data size, and whole."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,29 @@ def test_eval_sources_are_read_whole(settings, tokenizer, tmp_path):
     settings = replace(settings, eval_sources=[SourceSettings(path=str(path))])
     (batch,) = evaluation_batches(settings, tokenizer, batch_size=12)
     assert set(batch["input_ids"].unique().tolist()) == {ord("e"), ord("f"), 256}
+
+
+def test_bad_rows_are_counted_and_kept_by_the_first_rank_alone(tokenizer, tmp_path):
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data" / "a.jsonl", ["e" * 200, "", "f" * 400])
+    path.with_name("empty.jsonl").touch()
+    settings = settings_for(path.parent, eval_samples=12, bad_rows="quarantine")
+    settings = replace(settings, eval_sources=settings.sources)
+    kept = tmp_path / "quarantine.jsonl"
+    counts = [
+        evaluation_batches(settings, tokenizer, batch_size=2, data_rank=rank, data_size=2, quarantine=kept).bad_rows
+        for rank in (1, 0)
+    ]
+    assert counts == [{}, {"empty_text": 1, "empty_file": 1}]
+    kinds = [json.loads(line)["kind"] for line in kept.read_text().splitlines()]
+    assert sorted(kinds) == ["empty_file", "empty_text"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_have_equally_many_labels_unless_ends_of_documents_are_masked(settings, tokenizer, masked):
+    batches = evaluation_batches(replace(settings, eod_mask_loss=masked), tokenizer, batch_size=1)
+    labels = {int((batch["shift_labels"] != -100).sum()) for batch in batches}
+    assert (len(labels) > 1) if masked else (labels == {settings.seq_length})
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def is_alive(pid: int) -> bool:
 def started(loader):
     batches = iter(loader)
     next(batches)
-    return batches, [process.pid for process in loader._pool._processes]
+    return batches, [process.pid for process in loader._read_ahead.pool._processes]
 
 
 def test_close_ends_the_processes(stream_over, settings):
@@ -93,6 +93,18 @@ def test_dropping_the_iterator_ends_the_processes(stream_over, settings):
     assert not any(map(is_alive, pids))
 
 
+def test_an_old_iterator_that_goes_late_ends_nothing_of_the_new(stream_over, settings):
+    loader = StreamLoader(stream_over(settings), 2, workers=2)
+    old, old_pids = started(loader)
+    new, new_pids = started(loader)
+    assert not any(map(is_alive, old_pids))
+    del old
+    gc.collect()
+    assert all(map(is_alive, new_pids))
+    assert len(list(islice(new, 20))) == 20
+    loader.close()
+
+
 def test_a_bad_row_in_a_worker_is_the_same_error(tmp_path, stream_over):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(40))
     with path.open("a") as file:
@@ -111,6 +123,16 @@ def test_bad_rows_of_workers_are_counted(tmp_path, stream_over):
         pass
     assert path.exists()
     assert loader.bad_rows == {"empty_text": 3, "empty_file": 1}
+
+
+def test_bad_rows_may_be_summed_while_workers_report(tmp_path, stream_over):
+    write_jsonl(tmp_path / "a.jsonl", ["x" * 40, "", "y" * 40, "", "z" * 40, ""])
+    loader = StreamLoader(stream_over(settings_for(tmp_path, bad_rows="skip")), 2, workers=2)
+    counts = iter(loader._worker_bad_rows.values())
+    assert next(counts) == {}
+    for _ in islice(loader, 20):
+        pass
+    assert len(list(counts)) == 1  # a dict that had grown meanwhile would raise
 
 
 def test_a_killed_worker_is_an_error_and_no_hang(stream_over, settings):
