@@ -50,13 +50,12 @@ def slot_stem(slot: str) -> str:
 
 
 def write_optimizer(writer: CheckpointWriter, optimizer: Optimizer, names: Names) -> None:
-    """Write the optimizer's state. Every rank holds all of it, so rank 0 writes it."""
-    if writer.rank != 0:
-        return
+    """Write the optimizer's state. Every rank holds all of it: the parameters are dealt round robin to the ranks."""
     saved = optimizer_boxes(optimizer, names)
     for slot, boxes in saved.slots.items():
-        writer.write_boxes(slot_stem(slot), boxes)
-    writer.write_json(SCALARS, saved.scalars)
+        writer.write_boxes(slot_stem(slot), boxes[writer.rank :: writer.world_size])
+    if writer.rank == 0:
+        writer.write_json(SCALARS, saved.scalars)
 
 
 def optimizer_boxes(optimizer: Optimizer, names: Names) -> OptimizerBoxes:

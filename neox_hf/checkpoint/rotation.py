@@ -17,11 +17,13 @@ def prune(
     keep_last: int,
     protected_steps: Callable[[int], bool],
     best: str | os.PathLike[str] | None = None,
+    written: Path | None = None,
 ) -> list[Path]:
     """Delete old checkpoints and return their paths, oldest first.
 
     keep_last: how many to keep, the best one among them, as HF counts; the newest always stays. Protected steps (a
         log-spaced schedule's) stay and are not counted. Zero or less keeps all.
+    written: the checkpoint just written, which is the newest whatever the steps of others say.
     A directory without a readable manifest is no checkpoint: it is neither counted nor deleted.
     """
     if keep_last <= 0:
@@ -31,6 +33,7 @@ def prune(
         for path in finished_checkpoints(Path(output_dir))
         if path == finished_path(path.parent, step_of(path)) and not protected_steps(step_of(path)) and _is_ours(path)
     ]
+    candidates.sort(key=lambda path: path != written)  # stable: the others stay in the order of their steps
     best_step = None if best is None else step_of(Path(best))
     others = [path for path in candidates if step_of(path) != best_step]
     room = keep_last - (len(candidates) - len(others))

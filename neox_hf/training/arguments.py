@@ -51,6 +51,8 @@ class NeoXTrainingArguments(TrainingArguments):
             self.precision = default_precision()
         self.bf16 = precision_of(self.precision).autocast
         super().__post_init__()
+        # HF would take it from the environment, where `accelerate launch` puts what a host's configuration says.
+        self.mixed_precision = "bf16" if self.bf16 else "no"
 
     @property
     def numeric(self) -> Precision:

@@ -35,9 +35,6 @@ class Engine(Protocol):
     def load_boxes(self, checkpoint: Checkpoint) -> None:
         """Give the optimizer back what `save_boxes` wrote, under whatever layout."""
 
-    def close(self) -> None:
-        """Release what `prepare` took."""
-
 
 class NativeEngine:
     """Accelerate's replicas, or ours where gradients must be fp32 under bf16 weights; the stock step and loop."""
@@ -67,9 +64,6 @@ class NativeEngine:
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:
         load_optimizer(self._optimizer(), hf_names(self.trainer.model), checkpoint)
-
-    def close(self) -> None:
-        self.trainer.accelerator.free_memory()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.trainer.optimizer

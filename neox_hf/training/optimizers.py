@@ -58,7 +58,7 @@ class MasterAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=None if group["fused"] else False,
+            foreach=not group["fused"] and masters[0].is_cuda,
             fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],

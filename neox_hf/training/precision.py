@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,17 @@ PRECISIONS = {
     "amp": Precision(torch.float32, autocast=True),
     "bf16": Precision(torch.bfloat16, master=True),
 }
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the parameters of `model` in place, and nothing else.
+
+    Buffers keep their dtype: rounded rotary frequencies would train a model that no `from_pretrained` gives back.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def default_precision() -> str:

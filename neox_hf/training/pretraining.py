@@ -12,7 +12,7 @@ from neox_hf.checkpoint import OutputLock
 from neox_hf.checkpoint.directory import finished_checkpoints, recover
 from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.data import TokenStream, build_tokenizer, evaluation_batches
-from neox_hf.errors import CheckpointError, DataError, DivergenceError
+from neox_hf.errors import CheckpointError, DataError, DivergenceError, RecipeError
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.settings import ModelSettings, model_config
 from neox_hf.parallel.collectives import first_rank_first, from_first_rank
@@ -90,6 +90,7 @@ def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topolog
         processing_class=tokenizer,
         workers=recipe.data.workers,
         publisher=publisher,
+        locked=True,
         documents=run_documents(recipe.resolved()),
     )
 
@@ -99,13 +100,28 @@ def build_model(
 ) -> GPTNeoXForCausalLM:
     """Fresh weights, drawn on `device`, or released ones."""
     if settings.pretrained is not None:
-        return GPTNeoXForCausalLM.from_pretrained(
-            settings.pretrained, revision=settings.revision or "main", dtype=torch.float32, **settings.config_fields()
-        )
+        return load_released(settings)
     config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     with torch.device(device):
         return GPTNeoXForCausalLM(config)
+
+
+def load_released(settings: ModelSettings) -> GPTNeoXForCausalLM:
+    """Released weights in fp32.
+
+    Raises:
+        RecipeError: there are none under that name and revision, or they cannot be read.
+    """
+    revision = settings.revision or "main"
+    try:
+        return GPTNeoXForCausalLM.from_pretrained(
+            settings.pretrained, revision=revision, dtype=torch.float32, **settings.config_fields()
+        )
+    except OSError as error:
+        raise RecipeError(
+            f"model.pretrained={settings.pretrained!r} at {revision!r} cannot be loaded: {error}"
+        ) from error
 
 
 def _take_output_dir(args: NeoXTrainingArguments, topology: Topology, held: ExitStack) -> None:

@@ -92,13 +92,14 @@ def sample_text(trainer: NeoXTrainer) -> str:
         prompt = torch.tensor([[trainer.processing_class.eos_token_id]], device=trainer.args.device)
     else:
         prompt = next(iter(trainer.eval_dataset))["input_ids"][:1, :PROMPT_TOKENS].to(trainer.args.device)
-    room = trainer.model.config.max_position_embeddings - prompt.shape[1]
+    positions = trainer.model.config.max_position_embeddings
+    prompt = prompt[:, : max(1, positions // 2)]
     trainer.model.eval()
     with torch.no_grad():
         tokens = trainer.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=min(SAMPLE_TOKENS, room),
+            max_new_tokens=min(SAMPLE_TOKENS, positions - prompt.shape[1]),
             do_sample=True,
             top_k=40,
             pad_token_id=trainer.processing_class.eos_token_id,
@@ -117,7 +118,7 @@ def _tell(trainer: NeoXTrainer, output_dir: Path) -> None:
         print(f"evaluation loss: {losses[0]:.4f} -> {losses[-1]:.4f} ({drop:.1f} % lower)")
     print(f"loss curve: {output_dir / LOSS_CURVE}")
     checkpoint = finished_path(output_dir, trainer.state.global_step)
-    path = checkpoint if checkpoint.exists() else output_dir
+    path = checkpoint if checkpoint.exists() and not trainer.args.load_best_model_at_end else output_dir
     print(f"checkpoint: {path}\nload it with:")
     print("    from transformers import AutoModelForCausalLM")
     print(f'    model = AutoModelForCausalLM.from_pretrained("{path}")')

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 
 from neox_hf.checkpoint import Checkpoint, Manifest, find_latest, open_checkpoint, verify_checkpoint
+from neox_hf.checkpoint.directory import finished_checkpoints, step_of
+from neox_hf.errors import CheckpointError
 from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
 
@@ -30,7 +32,19 @@ def _decide(request: str | bool | None, output_dir: Path) -> tuple[Path, Manifes
         return None
     if request in (True, LATEST):
         return _newest(output_dir)
-    return Path(request), verify_checkpoint(request)
+    _refuse_two_timelines(Path(str(request)), output_dir)
+    return Path(str(request)), verify_checkpoint(str(request))
+
+
+def _refuse_two_timelines(request: Path, output_dir: Path) -> None:
+    """Later checkpoints of an abandoned continuation would be taken for this run's newest."""
+    step = step_of(request)
+    newer = [path for path in finished_checkpoints(output_dir) if step is not None and step_of(path) > step]
+    if newer:
+        raise CheckpointError(
+            f"{output_dir} holds {newer[0].name}, which is newer than {request.name}, the one to resume from: the two "
+            "continuations would mix. Move the newer ones away, or choose another train.output_dir"
+        )
 
 
 def _newest(output_dir: Path) -> tuple[Path, Manifest] | None:

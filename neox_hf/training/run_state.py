@@ -17,7 +17,9 @@ import torch.distributed as dist
 from transformers.trainer_callback import ExportableState
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, prune, restore_rng, write_rng
+from neox_hf.checkpoint.directory import finished_path
 from neox_hf.data import merge_states
+from neox_hf.training.hyperparameters import RecipeHyperparameters
 from neox_hf.training.save_schedule import is_protected
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class RunState:
             barrier=_barrier(topology.world_size),
         )
         data = self._gather_data_state()
+        self._note_best()
         writer.write_weights(trainer.model, trainer.processing_class)
         if topology.rank == 0:
             self._write_documents(writer, data)
@@ -58,7 +61,7 @@ class RunState:
             write_rng(writer)
         path = writer.commit(self._facts())
         if topology.rank == 0:
-            self._rotate()
+            self._rotate(path)
         return path
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -66,8 +69,10 @@ class RunState:
         trainer = self.trainer
         if trainer.loader is not None:
             trainer.loader.load_state_dict(checkpoint.json(DATA))
+        recipe = RecipeHyperparameters(trainer.optimizer, trainer.lr_scheduler)
         trainer.engine.load_boxes(checkpoint)
         trainer.lr_scheduler.load_state_dict(checkpoint.json(SCHEDULER))
+        recipe.apply()
 
     def write_beside(self) -> None:
         """Write the documents into the output directory itself, once this run is known to be the one it holds."""
@@ -86,7 +91,6 @@ class RunState:
             writer.write_json(DATA, data)
         if trainer.lr_scheduler is not None:
             writer.write_json(SCHEDULER, trainer.lr_scheduler.state_dict())
-        self._note_best()
         self._note_callbacks()
         writer.write_json(TRAINER_STATE, dataclasses.asdict(trainer.state))
         for relative_path, text in self.documents.items():
@@ -108,7 +112,7 @@ class RunState:
         """HF decides which step was best; its checkpoint's path is known only where checkpoints are made."""
         state = self.trainer.state
         if state.best_global_step:
-            best = Path(self.trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
+            best = finished_path(Path(self.trainer.args.output_dir), state.best_global_step)
             if best.exists() or state.best_global_step == state.global_step:
                 state.best_model_checkpoint = str(best)
 
@@ -134,7 +138,7 @@ class RunState:
             "tensor": trainer.topology.tensor,
         }
 
-    def _rotate(self) -> None:
+    def _rotate(self, written: Path) -> None:
         args, best = self.trainer.args, self.trainer.state.best_model_checkpoint
         if args.save_total_limit:
             prune(
@@ -142,6 +146,7 @@ class RunState:
                 args.save_total_limit,
                 lambda step: is_protected(step, args.save_schedule),
                 Path(best) if best else None,
+                written,
             )
 
 

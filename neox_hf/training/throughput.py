@@ -19,8 +19,9 @@ CUDA_SIZE, CPU_SIZE = 8192, 1024
 def sustained_matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_SECONDS) -> float:
     """Rate of a large square matrix product on `device`, in TFLOP/s, over about `seconds` after a warm-up."""
     size = CUDA_SIZE if device.type == "cuda" else CPU_SIZE
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    right = torch.randn(size, size, device=device, dtype=dtype)
+    # A generator of its own: the run's random numbers must not depend on whether something was measured.
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     out = torch.empty_like(left)
     for _ in range(3):
         torch.mm(left, right, out=out)

@@ -7,6 +7,7 @@ when to stop, and what is logged.
 import functools
 import logging
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from neox_hf.checkpoint import Checkpoint, open_checkpoint, write_final
+from neox_hf.checkpoint import Checkpoint, OutputLock, open_checkpoint, write_final
 from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.modeling.accounting import flops_per_token
+from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.divergence import GradientGuard
 from neox_hf.training.engine import NativeEngine
 from neox_hf.training.optimizers import optimizer_class
+from neox_hf.training.precision import cast_weights
 from neox_hf.training.resume import checkpoint_to_resume
 from neox_hf.training.run_state import RunState
 from neox_hf.training.save_schedule import SaveSchedule, is_scheduled
@@ -46,6 +49,7 @@ class NeoXTrainer(Trainer):
         workers: loader processes of each rank, for a `TokenStream`.
         publisher: pushes checkpoints to a Hub; given on rank 0 only.
         documents: files to write into every checkpoint, by relative path (the resolved recipe, versions).
+        locked: the caller holds the output directory's `OutputLock`; otherwise `train` takes it.
         others: everything else HF's Trainer takes.
     """
 
@@ -60,6 +64,7 @@ class NeoXTrainer(Trainer):
         workers: int = 0,
         publisher: HubPublisher | None = None,
         documents: dict[str, str] | None = None,
+        locked: bool = False,
         **others: Any,
     ) -> None:
         # A stream's position is restored; any other data set is fast-forwarded by HF.
@@ -67,11 +72,12 @@ class NeoXTrainer(Trainer):
         self.topology = topology or Topology.from_world(args.world_size, args.process_index)
         self.workers = workers
         self.publisher = publisher
+        self.locked = locked
         self.loader: StreamLoader | None = None
         self.resumed: Checkpoint | None = None
         self.stop: StopRequest | None = None
         super().__init__(
-            model=model.to(args.numeric.weights),
+            model=cast_weights(model, args.numeric.weights),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -129,10 +135,12 @@ class NeoXTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        return self.engine.step(model, inputs, num_items_in_batch)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
         tokens = inputs["input_ids"].numel()
         self.state.num_input_tokens_seen += tokens * self.topology.data
         self.throughput.count(tokens)
-        return self.engine.step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -173,6 +181,18 @@ class NeoXTrainer(Trainer):
             # Beyond exp(700) a double overflows; such a model has no perplexity worth a number.
             output.metrics[f"{prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return output
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.control.should_save = True
+            self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Under `save_strategy: best` this decides whether to save; an evaluation that was stopped always does.
+        return super()._determine_best_metric(metrics, trial) if metrics else True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -221,11 +241,17 @@ class NeoXTrainer(Trainer):
             DataError: its stream is not this run's.
             DivergenceError: loss or gradients stopped being finite.
         """
-        self.resumed = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self.topology)
-        with StopRequest(self.topology.world_size) as self.stop:
+        with ExitStack() as held:
+            if not self.locked:
+                from_first_rank(self.topology, lambda: self._take_output_dir(held))
+            self.resumed = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self.topology)
+            self.stop = held.enter_context(StopRequest(self.topology.world_size))
             output = super().train(str(self.resumed.path) if self.resumed else None, *args, **kwargs)
         self.guard.settle()
         return output
+
+    def _take_output_dir(self, held: ExitStack) -> None:
+        held.callback(OutputLock(self.args.output_dir).acquire().release)
 
     @property
     def stop_signal(self) -> int:
@@ -234,6 +260,7 @@ class NeoXTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *others: Any) -> tuple[int, int]:
         epochs_done, steps_done = super()._init_training_state(max_steps, steps_per_epoch, epochs, *others)
+        self.state.compute_steps(self.args, max_steps)  # HF goes on with the intervals of the run that saved
         if self.state.global_step < max_steps:
             return epochs_done, steps_done
         # HF would give a run that has had all its steps one more.
@@ -292,6 +319,10 @@ class NeoXTrainer(Trainer):
         return self.publisher.close(wait_seconds)
 
 
+class EvaluationStopped(Exception):
+    """All ranks have agreed to stop, in the middle of an evaluation."""
+
+
 class _StepWatch(TrainerCallback):
     """Runs the stopwatch and carries a stop request into HF's control flow."""
 
@@ -300,6 +331,10 @@ class _StepWatch(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs: object) -> None:
         self.trainer.throughput.start()
+
+    def on_prediction_step(self, args, state, control, **kwargs: object) -> None:
+        if self.trainer.is_in_train and self.trainer.stop.agree():
+            raise EvaluationStopped
 
     def on_step_end(self, args, state, control, **kwargs: object):
         if isinstance(self.trainer.train_dataset, TokenStream):

@@ -304,11 +304,23 @@ def test_a_slot_with_an_odd_name_is_refused():
         optimizer_boxes(optimizer, names_of(model))
 
 
-def test_only_rank_zero_writes(tmp_path):
-    CheckpointWriter(tmp_path, 1, world_size=2)
-    writer = CheckpointWriter(tmp_path, 1, rank=1, world_size=2)
-    write_optimizer(writer, torch.optim.AdamW(groups_of(net())), {})
-    assert not list((writer.path / "state").iterdir())
+@pytest.mark.parametrize("world_size", [2, 20])
+def test_parameters_are_dealt_to_the_ranks(tmp_path, world_size):
+    model = net()
+    optimizer = torch.optim.AdamW(groups_of(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    writers = [CheckpointWriter(tmp_path, 1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for writer in writers:
+        write_optimizer(writer, optimizer, names_of(model))
+    for writer in writers[1:]:
+        writer.seal()
+    checkpoint = open_checkpoint(writers[0].commit())
+    assert len(list((checkpoint.path / "state").glob("optimizer.exp_avg-*"))) == world_size
+    other = torch.optim.AdamW(groups_of(model))
+    load_optimizer(other, names_of(model), checkpoint)
+    assert_same_state(other, optimizer)
 
 
 @pytest.mark.gpu
