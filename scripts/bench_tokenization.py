@@ -22,7 +22,7 @@ import torch
 
 from neox_hf.data import DataSettings, SourceSettings, StreamLoader, TokenizerSettings, TokenStream, build_tokenizer
 from neox_hf.data.encoding import plain_copy
-from neox_hf.data.tokenization import training_texts
+from neox_hf.data.tokenizer_corpus import TokenizerCorpus
 
 BATCH_DOCUMENTS = 16
 
@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wanted = TokenizerSettings(kind="trained", vocab_size=options.vocab_size)
         tokenizer = build_tokenizer(wanted, data, Path(folder))
-    texts = list(training_texts(data))
+    texts = list(TokenizerCorpus(data).texts())
     bare = bare_batches(tokenizer, texts)
     loader = StreamLoader(TokenStream(data, tokenizer, split="train"), batch_size=8)
     stream = stream_batches(loader)

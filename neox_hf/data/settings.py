@@ -64,7 +64,7 @@ class TokenizerSettings:
     kind: `pretrained` (path: a folder, a tokenizer.json or a Hub id), `trained` (byte-level BPE of `vocab_size`,
         trained on the run's training split at start), `byte` (256 bytes and the end-of-document token), or `char`
         (the characters of the training split, others spelt in bytes).
-    vocab_size: of `trained` (50254 unless given) and `char` (all characters unless given), all tokens counted.
+    vocab_size: of `trained` (needed) and `char` (all characters unless given), all tokens counted.
     """
 
     kind: Literal["pretrained", "trained", "byte", "char"] = "pretrained"

@@ -7,14 +7,14 @@ A state of one rank knows that rank's streams; `merge_states` joins the states o
 which any data size can continue from.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from neox_hf.data.assignment import Cursor
+from neox_hf.data.differences import differences
 from neox_hf.data.stream import Lane, Position
 from neox_hf.errors import DataError
 
 FORMAT = 1
-MOST_DIFFERENCES = 10
 
 
 def rank_state(position: Position, taken: int, rank: int, data_size: int, fingerprint: Mapping[str, object]) -> dict:
@@ -83,31 +83,8 @@ def restored_position(state: Mapping, fingerprint: Mapping[str, object], rank: i
 
 def refuse_other_fingerprint(found: Mapping[str, object], wanted: Mapping[str, object], whose: str) -> None:
     """Raises DataError that names each part that differs, and how."""
-    ours, theirs = dict(_leaves("", found)), dict(_leaves("", wanted))
-    differences = [
-        f"{name}: {_shortened(ours.get(name))} in the state, {_shortened(theirs.get(name))} in {whose}"
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
-    if differences:
+    if differing := differences(found, "the state", wanted, whose):
         raise DataError(
             "the data state belongs to another token sequence; restore what it was made with, or start a new run. "
-            + "; ".join(differences[:MOST_DIFFERENCES])
+            + differing
         )
-
-
-def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """The leaves of nested mappings and lists, each with its path: ("sources.0.a.jsonl", "3f...")."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{name}.{key}".lstrip("."), inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(f"{name}.{index}", inner)
-    else:
-        yield name, value
-
-
-def _shortened(value: object, most: int = 80) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -5,7 +5,7 @@ which are those of the streams l = r mod d. Which source a sample comes from is 
 the number of ranks or workers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -97,17 +97,11 @@ class TokenStream:
 
         `bad_rows` and `max_line_bytes` are not part of it: a run that stopped at a bad row goes on with another policy.
         """
-        settings = self.settings
         return {
-            "sources": [source.fingerprint() for source in self._sources],
-            "weights": [source.weight for source in self._chosen],
-            "text": [[source.text_key, source.sample_by] for source in self._chosen],
+            **documents_fingerprint(self.settings, self.split, self._chosen, self._sources),
             "tokenizer": self._tokenizer_fingerprint,
-            "seq_length": settings.seq_length,
+            "seq_length": self.settings.seq_length,
             "streams": self.streams,
-            "shuffle": settings.shuffle,
-            "seed": settings.seed,
-            "held_out": self.split.held_out,
         }
 
     def __iter__(self) -> Iterator[Sample]:
@@ -184,6 +178,20 @@ def open_sources(
     chosen: list[SourceSettings], settings: DataSettings, streams: int, bad_rows: BadRowPolicy
 ) -> list[Source]:
     return [open_source(one, streams=streams, limit=settings.max_line_bytes, bad_rows=bad_rows) for one in chosen]
+
+
+def documents_fingerprint(
+    settings: DataSettings, split: Split, chosen: Sequence[SourceSettings], sources: Sequence[Source]
+) -> dict[str, object]:
+    """What defines the documents of a split and their order, for JSON. `sources` are the opened `chosen`."""
+    return {
+        "sources": [source.fingerprint() for source in sources],
+        "weights": [source.weight for source in chosen],
+        "text": [[source.text_key, source.sample_by] for source in chosen],
+        "shuffle": settings.shuffle,
+        "seed": settings.seed,
+        "held_out": split.held_out,
+    }
 
 
 def _next_multiple(value: int, divisor: int) -> int:

@@ -1,33 +1,27 @@
 """The run's tokenizer: always a fast HF tokenizer, so that it saves beside the weights for stock transformers."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from neox_hf.data.assignment import Order, assign
-from neox_hf.data.bad_rows import BadRowPolicy, without_copies
-from neox_hf.data.documents import read_documents
 from neox_hf.data.settings import DataSettings, TokenizerSettings
-from neox_hf.data.stream import choose_split, open_sources
+from neox_hf.data.tokenizer_corpus import TokenizerCorpus
+from neox_hf.data.tokenizer_folder import saved_or_made
 from neox_hf.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# Enough for a stable vocabulary, and seconds of work.
-TRAINING_CHARACTERS = 32 * 1024 * 1024
-DEFAULT_TRAINED_SIZE = 50_254
-ORIGIN_FILE = "tokenizer_origin.json"
 
 
 def build_tokenizer(settings: TokenizerSettings, data: DataSettings, save_dir: Path) -> PreTrainedTokenizerFast:
     """The tokenizer that `settings` describes, with `eos_token_id` as its end-of-document token.
 
     `trained` and `char` read the run's training split once and save the result in `save_dir`; a later call with the
-    same settings finds it there. Call this on rank 0 first: it takes no part in collectives.
+    same settings and data finds it there. Call this on rank 0 first: it takes no part in collectives.
 
-    Raises DataError when the tokenizer cannot be found or used, or `save_dir` holds one made with other settings.
+    Raises DataError when the tokenizer cannot be found or used, or `save_dir` holds one made with other settings or
+    of other documents.
     """
     try:
         build = BUILDERS[settings.kind]
@@ -125,50 +119,10 @@ def char_tokenizer(texts: Iterator[str], vocab_size: int | None) -> PreTrainedTo
     return _as_fast(tokenizer)
 
 
-def training_texts(data: DataSettings) -> Iterator[str]:
-    """Texts of the training split in the run's order, from each source its weight's share of TRAINING_CHARACTERS."""
-    split, chosen = choose_split(data, "train")
-    bad_rows = BadRowPolicy(without_copies(data.bad_rows), Path())
-    total = sum(source.weight for source in chosen)
-    for number, source in enumerate(open_sources(chosen, data, 1, bad_rows)):
-        order = Order(source.parts, data.shuffle, data.seed, number)
-        rows = assign(source, order, 1, {}, range(1)).rows(0)
-        room = TRAINING_CHARACTERS * chosen[number].weight / total
-        for document in read_documents(source, rows, 1, split, bad_rows):
-            if room <= 0 or document.cursor.epoch > 0:
-                break
-            yield document.text
-            room -= len(document.text)
-
-
 def _as_fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, clean_up_tokenization_spaces=False
     )
-
-
-def _saved(
-    settings: TokenizerSettings, save_dir: Path, make: Callable[[], PreTrainedTokenizerFast]
-) -> PreTrainedTokenizerFast:
-    """The tokenizer in `save_dir`, made and saved there first if need be.
-
-    The origin file is written last: it says that all is there.
-    """
-    origin = {"kind": settings.kind, "vocab_size": settings.vocab_size}
-    stamp = save_dir / ORIGIN_FILE
-    if not stamp.exists():
-        save_dir.mkdir(parents=True, exist_ok=True)
-        make().save_pretrained(save_dir)
-        partial = stamp.with_suffix(".partial")
-        partial.write_text(json.dumps(origin), "utf-8")
-        partial.replace(stamp)
-    found = json.loads(stamp.read_text("utf-8"))
-    if found != origin:
-        raise DataError(
-            f"{save_dir} holds a tokenizer made with {found}, the recipe asks for {origin}; remove it or choose "
-            f"another folder"
-        )
-    return PreTrainedTokenizerFast.from_pretrained(save_dir)
 
 
 def _check_size(settings: TokenizerSettings, least: int) -> None:
@@ -181,9 +135,10 @@ def _pretrained(settings: TokenizerSettings, data: DataSettings, save_dir: Path)
 
 
 def _trained(settings: TokenizerSettings, data: DataSettings, save_dir: Path) -> PreTrainedTokenizerFast:
+    if settings.vocab_size is None:
+        raise DataError("tokenizer.kind=trained needs tokenizer.vocab_size: the number of tokens to learn")
     _check_size(settings, 257)
-    size = settings.vocab_size or DEFAULT_TRAINED_SIZE
-    return _saved(settings, save_dir, lambda: train_bpe(training_texts(data), size))
+    return _of_corpus(settings, data, save_dir, lambda texts: train_bpe(texts, settings.vocab_size))
 
 
 def _byte(settings: TokenizerSettings, data: DataSettings, save_dir: Path) -> PreTrainedTokenizerFast:
@@ -192,7 +147,18 @@ def _byte(settings: TokenizerSettings, data: DataSettings, save_dir: Path) -> Pr
 
 def _char(settings: TokenizerSettings, data: DataSettings, save_dir: Path) -> PreTrainedTokenizerFast:
     _check_size(settings, 258)
-    return _saved(settings, save_dir, lambda: char_tokenizer(training_texts(data), settings.vocab_size))
+    return _of_corpus(settings, data, save_dir, lambda texts: char_tokenizer(texts, settings.vocab_size))
+
+
+def _of_corpus(
+    settings: TokenizerSettings,
+    data: DataSettings,
+    save_dir: Path,
+    make: Callable[[Iterator[str]], PreTrainedTokenizerFast],
+) -> PreTrainedTokenizerFast:
+    corpus = TokenizerCorpus(data)
+    origin = {"kind": settings.kind, "vocab_size": settings.vocab_size, "documents": corpus.fingerprint()}
+    return saved_or_made(save_dir, origin, lambda: make(corpus.texts()))
 
 
 BUILDERS = {"pretrained": _pretrained, "trained": _trained, "byte": _byte, "char": _char}

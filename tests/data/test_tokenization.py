@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from neox_hf.data import TokenizerSettings, build_tokenizer, tokenization
+from neox_hf.data import TokenizerSettings, build_tokenizer, tokenization, tokenizer_corpus
 from neox_hf.data.assignment import Cursor
 from neox_hf.data.documents import Document
 from neox_hf.data.encoding import PIECE_CHARACTERS, DocumentEncoder, text_pieces, tokenizer_fingerprint
+from neox_hf.data.tokenizer_corpus import TokenizerCorpus
 from neox_hf.errors import DataError
 from tests.data.naive import make_texts, settings_for, write_jsonl
 
@@ -58,23 +59,65 @@ def test_a_character_has_one_token_and_a_strange_one_its_bytes(tmp_path, data):
 @pytest.mark.parametrize("kind", ["char", "trained"])
 def test_what_was_trained_is_used_again_and_not_for_other_settings(tmp_path, data, kind, monkeypatch):
     first = build_tokenizer(settings(kind, vocab_size=280), data, tmp_path / "t")
-    monkeypatch.setattr(tokenization, "training_texts", None)
+    monkeypatch.setattr(TokenizerCorpus, "texts", None)
     again = build_tokenizer(settings(kind, vocab_size=280), data, tmp_path / "t")
     assert tokenizer_fingerprint(first) == tokenizer_fingerprint(again)
-    with pytest.raises(DataError, match=r"holds a tokenizer made with .*280.* the recipe asks for .*290.*; remove it"):
+    with pytest.raises(
+        DataError, match=r"t holds a tokenizer made .* vocab_size: 280 in the folder, 290 in the recipe$"
+    ):
         build_tokenizer(settings(kind, vocab_size=290), data, tmp_path / "t")
 
 
+WAYS_OUT = "restore what it was made of, choose another train.output_dir, or remove that folder if no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_fraction": 0.5}, "documents.held_out: 0.0 in the folder, 0.5 in the recipe"),
+        ({"seed": 5}, "documents.seed: 1234 in the folder, 5 in the recipe"),
+        ({"shuffle": True}, "documents.shuffle: False in the folder, True in the recipe"),
+        ({"text_key": "body"}, "documents.text.0.0: 'text' in the folder, 'body' in the recipe"),
+        ({"weight": 2.0}, "documents.weights.0: 1.0 in the folder, 2.0 in the recipe"),
+        ({"path": "b.jsonl"}, "documents.sources.0.a.jsonl: '.*' in the folder, nothing in the recipe"),
+    ],
+)
+def test_a_tokenizer_of_other_documents_is_not_used(tmp_path, data, changes, message):
+    build_tokenizer(settings("char"), data, tmp_path / "t")
+    write_jsonl(tmp_path / "b.jsonl", make_texts(3))
+    if "path" in changes:
+        changes = {"path": str(tmp_path / changes["path"])}
+    of_source = {"path", "weight", "text_key"} & {*changes}
+    other = replace(data, sources=[replace(data.sources[0], **changes)]) if of_source else replace(data, **changes)
+    with pytest.raises(DataError, match=f"{WAYS_OUT} depends on it.*{message}"):
+        build_tokenizer(settings("char"), other, tmp_path / "t")
+
+
+def test_a_tokenizer_of_a_file_that_changed_since_is_not_used(tmp_path, data):
+    build_tokenizer(settings("char"), data, tmp_path / "t")
+    write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    with pytest.raises(DataError, match=r"documents.sources.0.a.jsonl: '\w+' in the folder, '\w+' in the recipe"):
+        build_tokenizer(settings("char"), data, tmp_path / "t")
+
+
+def test_what_a_resumed_run_may_change_leaves_the_tokenizer(tmp_path, data, monkeypatch):
+    first = build_tokenizer(settings("char"), data, tmp_path / "t")
+    monkeypatch.setattr(TokenizerCorpus, "texts", None)
+    resumed = replace(data, workers=3, bad_rows="skip", max_line_bytes=10_000, streams=8, seq_length=64, eval_samples=9)
+    again = build_tokenizer(settings("char"), resumed, tmp_path / "t")
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(again)
+
+
 def test_training_reads_a_bounded_amount_of_each_source_by_weight(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "TRAINING_CHARACTERS", 400)
+    monkeypatch.setattr(tokenizer_corpus, "TRAINING_CHARACTERS", 400)
     other = write_jsonl(tmp_path / "b.jsonl", ["b" * 10] * 1000)
     both = replace(data, sources=[data.sources[0], replace(data.sources[0], path=str(other), weight=3.0)])
-    texts = list(tokenization.training_texts(both))
+    texts = list(TokenizerCorpus(both).texts())
     assert sum(len(text) for text in texts if set(text) == {"b"}) == 300
     assert 100 <= sum(len(text) for text in texts if set(text) != {"b"}) < 300
     # A small source is read once, not repeated to fill the bound.
     monkeypatch.undo()
-    assert len(list(tokenization.training_texts(data))) == 51
+    assert len(list(TokenizerCorpus(data).texts())) == 51
 
 
 def plain_fast(vocabulary, **special):
@@ -115,6 +158,7 @@ def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [
+        ("trained", None, "tokenizer.kind=trained needs tokenizer.vocab_size: the number of tokens to learn"),
         ("trained", 256, "tokenizer.vocab_size=256 must be at least 257 for kind=trained"),
         ("char", 257, "tokenizer.vocab_size=257 must be at least 258 for kind=char"),
         ("bytes", None, r"kind='bytes' is unknown; choose one of \['byte', 'char', 'pretrained', 'trained'\]"),
