@@ -20,7 +20,7 @@ TRAVELLING = (
     OSError,
     RuntimeError,
 )
-"""What an error becomes on its way to another rank: each is made from a message, others may want more, or not pickle."""
+"""What an error becomes on its way to another rank: all are made from a message, which another kind may not be."""
 
 
 def from_first_rank(topology: Topology, compute: Callable[[], T]) -> T:

@@ -1,11 +1,15 @@
 """What the values of a recipe must satisfy together. Each check yields the problems that it finds."""
 
 import dataclasses
+import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import get_scheduler
 from transformers.activations import ACT2FN
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -13,12 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from neox_hf.checkpoint.settings import HubSettings
 from neox_hf.config import Problem, nearest
 from neox_hf.data.settings import DataSettings, SourceSettings, TokenizerSettings
+from neox_hf.kernels import OPS
 from neox_hf.modeling.initialization import INIT_METHODS
 from neox_hf.modeling.presets import PRESETS
 from neox_hf.modeling.settings import NEED_NO_NEW_WEIGHTS, ModelSettings
 from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.training.optimizers import WITH_MASTER_WEIGHTS
 from neox_hf.training.precision import default_precision, precision_of
+from neox_hf.training.recipe_packages import missing_for_attention, missing_for_optimizer
 
 NOT_YET = "is not available yet; this release trains with data parallelism"
 
@@ -44,6 +50,8 @@ TOKENIZER_KINDS = {
 
 NEOX_SCHEDULE_KEYS = ("lr_warmup_fraction", "lr_decay_steps", "min_lr")
 HF_SCHEDULE_KEYS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+DDP_KEYS = ("ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph")
+"""Knobs of DistributedDataParallel, which a precision with master weights does without."""
 
 
 def changed(settings: Any, key: str) -> bool:
@@ -113,6 +121,13 @@ def _model_backend_problems(model: ModelSettings) -> Iterator[Problem]:
     if attention is not None and "/" not in attention and attention not in known:
         message = "is unknown" + did_you_mean(attention, known)
         yield Problem(("model", "attn_implementation"), attention, message)
+    elif attention is not None and (package := missing_for_attention(attention)):
+        message = f"needs the package {package}, which is not installed; install it, or use sdpa"
+        yield Problem(("model", "attn_implementation"), attention, message)
+    without = [op.name for op in OPS if op.triton is None]
+    if model.kernels == "triton" and without:
+        message = f"this release has no Triton kernel for {', '.join(without)}; use auto"
+        yield Problem(("model", "kernels"), model.kernels, message)
 
 
 def _shape_problems(hidden: int | None, heads: int | None, rotary_pct: float) -> Iterator[Problem]:
@@ -188,6 +203,7 @@ def train_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
     yield from _strategy_problems(train)
     yield from _best_model_problems(train)
     yield from _optimizer_problems(train)
+    yield from _master_weights_problems(train)
     known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
     for name in [train.report_to] if isinstance(train.report_to, str) else train.report_to or []:
         if name not in known:
@@ -215,9 +231,22 @@ def _batch_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
 
 
 def _optimizer_problems(train: Any) -> Iterator[Problem]:
-    precision = default_precision() if train.precision == "auto" else train.precision
     optimizer = getattr(train.optim, "value", train.optim)
-    if precision_of(precision).master and optimizer not in WITH_MASTER_WEIGHTS:
+    if package := missing_for_optimizer(optimizer):
+        message = f"needs the package {package}, which is not installed; install it, or choose another optimizer"
+        yield Problem(("train", "optim"), optimizer, message)
+
+
+def _master_weights_problems(train: Any) -> Iterator[Problem]:
+    precision = default_precision() if train.precision == "auto" else train.precision
+    if not precision_of(precision).master:
+        return
+    for key in DDP_KEYS:
+        if changed(train, key):
+            message = f"does nothing: train.precision = {precision} reduces gradients in fp32 by itself; remove it"
+            yield Problem(("train", key), getattr(train, key), message)
+    optimizer = getattr(train.optim, "value", train.optim)
+    if optimizer not in WITH_MASTER_WEIGHTS:
         message = (
             f"keeps no fp32 master weights, which train.precision = {precision} needs; "
             f"use {' or '.join(WITH_MASTER_WEIGHTS)}, or train.precision = amp"
@@ -231,6 +260,7 @@ def _schedule_problems(train: Any) -> Iterator[Problem]:
             if changed(train, key):
                 message = "belongs to GPT-NeoX's schedules; set train.lr_decay_style, or use lr_scheduler_kwargs"
                 yield Problem(("train", key), getattr(train, key), message)
+        yield from _hf_schedule_problems(train)
         return
     for key in HF_SCHEDULE_KEYS:
         if changed(train, key):
@@ -241,6 +271,22 @@ def _schedule_problems(train: Any) -> Iterator[Problem]:
             yield Problem(("train", key), getattr(train, key), message)
     if train.min_lr > train.learning_rate:
         yield Problem(("train", "min_lr"), train.min_lr, f"is above train.learning_rate = {train.learning_rate}")
+
+
+def _hf_schedule_problems(train: Any) -> Iterator[Problem]:
+    """Makes the schedule of transformers once, for an optimizer of nothing: each kind wants arguments of its own."""
+    rate, warmup, steps = train.learning_rate, train.warmup_steps, train.max_steps
+    if rate < 0 or warmup < 0 or steps < 1:
+        return  # told as numbers out of their range
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    further = train.lr_scheduler_kwargs or {}
+    try:
+        further = json.loads(further) if isinstance(further, str) else further
+        get_scheduler(train.lr_scheduler_type, nothing, warmup, steps, further)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        message = f"cannot be made with lr_scheduler_kwargs = {further}: {error}"
+        yield Problem(("train", "lr_scheduler_type"), train.lr_scheduler_type, message)
 
 
 def _strategy_problems(train: Any) -> Iterator[Problem]:

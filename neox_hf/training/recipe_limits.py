@@ -76,7 +76,6 @@ LIMITS: dict[str, dict[str, Limit]] = {
         "adam_beta2": PROBABILITY,
         "adam_epsilon": POSITIVE,
         "max_grad_norm": NOT_NEGATIVE,
-        "label_smoothing_factor": PROBABILITY,
         "logging_steps": POSITIVE,
         "eval_steps": POSITIVE,
         "eval_delay": NOT_NEGATIVE,

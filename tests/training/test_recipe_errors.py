@@ -1,11 +1,14 @@
 """Every message about a value in a recipe: its range, its section, and how it goes with the others."""
 
 import pytest
+from transformers.training_args import OptimizerNames
 
 from neox_hf.errors import RecipeError
+from neox_hf.kernels import OPS
 from neox_hf.training.recipe import load_recipe
-from neox_hf.training.recipe_checks import HF_SCHEDULE_KEYS
+from neox_hf.training.recipe_checks import DDP_KEYS, HF_SCHEDULE_KEYS
 from neox_hf.training.recipe_limits import LIMITS
+from neox_hf.training.recipe_packages import OF_ATTENTION, missing_for_optimizer
 from neox_hf.training.train_section import REFUSED
 
 BASE = """model: {num_hidden_layers: 2, hidden_size: 64, num_attention_heads: 4, rotary_pct: 0.5}
@@ -96,6 +99,11 @@ CASES = [
     ),
     ("model.attn_implementation=spda", 'model.attn_implementation = "spda": is unknown; did you mean sdpa?'),
     ("model.kernels=tritn", 'model.kernels = "tritn": wants one of auto, triton, torch or null; did you mean triton?'),
+    (
+        "model.kernels=triton",
+        'model.kernels = "triton": this release has no Triton kernel for '
+        f"{', '.join(op.name for op in OPS if op.triton is None)}; use auto",
+    ),
     ("model.num_attention_heads=5", f"model.num_attention_heads = 5: {UNEVEN}"),
     ("model.rotary_pct=0.2", f"model.rotary_pct = 0.2: rotates 3 {ROTATED}"),
     ("model.rotary_pct=0.01", f"model.rotary_pct = 0.01: rotates 0 {ROTATED}"),
@@ -139,6 +147,16 @@ CASES = [
     # train: schedules
     ("train.min_lr=1e-5", f"train.min_lr = 1e-05: {OF_NEOX}"),
     ("train.lr_decay_steps=3", f"train.lr_decay_steps = 3: {OF_NEOX}"),
+    (
+        "train.lr_scheduler_type=cosine_with_min_lr",
+        'train.lr_scheduler_type = "cosine_with_min_lr": cannot be made with lr_scheduler_kwargs = {}: '
+        "One of min_lr or min_lr_rate should be set",
+    ),
+    (
+        "train.lr_scheduler_kwargs={min_lr: 0.1}",
+        "cannot be made with lr_scheduler_kwargs = {'min_lr': 0.1}: get_linear_schedule_with_warmup() got an ",
+    ),
+    ("train.lr_scheduler_kwargs='{x'", "cannot be made with lr_scheduler_kwargs = {x: Expecting property name"),
     ("train.lr_warmup_fraction=0.1", f"train.lr_warmup_fraction = 0.1: {OF_NEOX}"),
     ("train.lr_scheduler_type=reduce_lr_on_plateau", f'train.lr_scheduler_type = "reduce_lr_on_plateau": {PLATEAU}'),
     # train: strategies
@@ -170,6 +188,10 @@ PAIRS = [
     (["train.lr_decay_style=cosine", "train.warmup_steps=10"], f"train.warmup_steps = 10: {WITH_STYLE}"),
     (["train.lr_decay_style=cosine", "train.lr_scheduler_type=cosine"], f'lr_scheduler_type = "cosine": {WITH_STYLE}'),
     (["train.lr_decay_style=cosine", "train.lr_scheduler_kwargs={a: 1}"], f'kwargs = {{"a": 1}}: {WITH_STYLE}'),
+    (
+        ["train={lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 0}, learning_rate: 0}"],
+        "cannot be made with lr_scheduler_kwargs = {'min_lr': 0}: ",
+    ),
     (["train.lr_decay_style=linear", "train.min_lr=1"], "train.min_lr = 1: is above train.learning_rate = 5e-05"),
     (
         ["train.global_batch_size=8", "train.gradient_accumulation_steps=3"],
@@ -213,6 +235,10 @@ def test_values_that_do_not_go_together(base, overrides, message):
         ["train={load_best_model_at_end: true, eval_strategy: steps, eval_steps: 50, save_strategy: best}"],
         ["train.eval_strategy=steps", "data.eval_fraction=0", "data.eval_sources=[{path: x}]"],
         ["train.lr_decay_style=cosine", "train.min_lr=1e-6", "train.lr_warmup_fraction=0.1"],
+        ["train={lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6}, warmup_steps: 0.1}"],
+        ["train.lr_scheduler_type=polynomial", 'train.lr_scheduler_kwargs="{\\"power\\": 2}"'],
+        ["train={eval_strategy: steps, lr_scheduler_type: reduce_lr_on_plateau}"],
+        ["train.precision=fp32", "train.ddp_bucket_cap_mb=50", "train.ddp_static_graph=true"],
         ["train.report_to=[tensorboard, wandb]"],
         ["train.eval_strategy=no", "train.save_strategy=no"],
         ["data.sources=[{path: 'hub:me/set', split: test, name: x, revision: y}]"],
@@ -267,6 +293,59 @@ def test_master_weights_need_adamw(base):
         "override 'train.optim=adafactor': train.optim = \"adafactor\": keeps no fp32 master weights, which "
         "train.precision = bf16 needs; use adamw_torch_fused or adamw_torch, or train.precision = amp"
     )
+
+
+@pytest.mark.parametrize("key", DDP_KEYS)
+def test_master_weights_do_without_ddp(base, key):
+    value = "50" if key == "ddp_bucket_cap_mb" else "true"
+    assert refusal(base, "train.precision=bf16", f"train.{key}={value}") == (
+        f"override 'train.{key}={value}': train.{key} = {value}: does nothing: train.precision = bf16 reduces "
+        "gradients in fp32 by itself; remove it"
+    )
+
+
+def test_auto_precision_is_the_host_s(base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    load_recipe([base], overrides=["train.ddp_bucket_cap_mb=50"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "train.precision = bf16 reduces" in refusal(base, "train.ddp_bucket_cap_mb=50")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The modules that can be found; none to begin with."""
+    modules = set()
+    monkeypatch.setattr("neox_hf.training.recipe_packages.find_spec", lambda name: name if name in modules else None)
+    return modules
+
+
+def test_an_optimizer_of_a_package_that_is_not_installed(base, installed):
+    overrides = ["train.precision=fp32", "train.optim=galore_adamw"]
+    assert refusal(base, *overrides) == (
+        "override 'train.optim=galore_adamw': train.optim = \"galore_adamw\": needs the package galore-torch, which is "
+        "not installed; install it, or choose another optimizer"
+    )
+    installed.add("galore_torch")
+    load_recipe([base], overrides=overrides)
+
+
+def test_optimizers_that_need_no_further_package(installed):
+    bare = {name.value for name in OptimizerNames if missing_for_optimizer(name.value) is None}
+    assert bare == {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+
+
+@pytest.mark.parametrize("name", OF_ATTENTION)
+def test_flash_attention_that_is_not_installed(base, installed, name):
+    module, package = OF_ATTENTION[name]
+    override = f"model.attn_implementation={name}"
+    assert refusal(base, override) == (
+        f"override '{override}': model.attn_implementation = \"{name}\": needs the package {package}, which is not "
+        "installed; install it, or use sdpa"
+    )
+    for found in (module, "kernels"):
+        installed.clear()
+        installed.add(found)
+        load_recipe([base], overrides=[override])
 
 
 def test_a_key_of_another_section_is_found(base):
