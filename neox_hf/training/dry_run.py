@@ -21,11 +21,13 @@ def parameters_in_words(recipe: Recipe) -> str:
 
 
 def fitting_worlds(recipe: Recipe, largest: int = 1024) -> list[int]:
-    """World sizes up to `largest` in which streams and global batch are dealt evenly."""
+    """World sizes up to `largest` in which streams, global batch and evaluation are dealt evenly."""
     total = recipe.train.global_batch_size
     common = recipe.data.streams
     if total is not None:
         common = math.gcd(common, total // recipe.train.per_device_train_batch_size)
+    if recipe.evaluates:
+        common = math.gcd(common, recipe.data.eval_samples // recipe.train.per_device_eval_batch_size)
     model_size = recipe.parallel.tensor * recipe.parallel.pipeline
     return [n * model_size for n in range(1, largest // model_size + 1) if common % n == 0]
 

@@ -14,8 +14,10 @@ from neox_hf.data.settings import DataSettings, TokenizerSettings
 from neox_hf.errors import RecipeError, TopologyError
 from neox_hf.modeling.settings import ModelSettings
 from neox_hf.parallel.settings import ParallelSettings
+from neox_hf.parallel.topology import Topology
 from neox_hf.training import recipe_checks as checks
 from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.launch_environment import check_environment
 from neox_hf.training.recipe_limits import limit_problems
 from neox_hf.training.train_section import REFUSED, TrainSettings
 
@@ -39,25 +41,37 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings)
     hub: HubSettings = field(default_factory=HubSettings)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates at all."""
+        return self.train.eval_strategy != "no" or self.train.eval_on_start
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled; transformers takes a backend or a mode for a yes."""
+        train = self.train
+        return train.torch_compile or train.torch_compile_backend is not None or train.torch_compile_mode is not None
+
     def data_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` processes.
 
         Raises:
-            TopologyError: the model-parallel sizes do not divide the world, or the replicas cannot share the streams
-                or the global batch evenly.
+            TopologyError: the model-parallel sizes do not divide the world, or the replicas cannot share the streams,
+                the global batch or the evaluation evenly.
         """
-        model_size = self.parallel.tensor * self.parallel.pipeline
-        replicas, rest = divmod(world_size, model_size)
-        if rest or not replicas:
-            raise TopologyError(
-                f"parallel.tensor x parallel.pipeline = {model_size} does not divide world_size={world_size}; "
-                f"launch {model_size} processes or a multiple of it"
-            )
+        sizes = {"tensor": self.parallel.tensor, "pipeline": self.parallel.pipeline}
+        replicas = Topology.from_world(world_size, 0, **sizes).data
         if self.data.streams % replicas:
             raise TopologyError(
                 f"data.streams = {self.data.streams} cannot be dealt evenly to {replicas} data-parallel ranks; "
                 f"launch a number of processes that divides it, or set data.streams to a multiple of {replicas}"
             )
+        self._check_global_batch(replicas)
+        if self.evaluates:
+            self._check_evaluation(replicas)
+        return replicas
+
+    def _check_global_batch(self, replicas: int) -> None:
         total = self.train.global_batch_size
         share = self.train.per_device_train_batch_size * replicas
         if total is not None and total % share:
@@ -71,7 +85,15 @@ class Recipe:
                 f"train.global_batch_size = {total} takes {total // share} with {replicas} data-parallel ranks; "
                 "leave the accumulation out, it follows from the world"
             )
-        return replicas
+
+    def _check_evaluation(self, replicas: int) -> None:
+        count, step = self.data.eval_samples, self.train.per_device_eval_batch_size * replicas
+        if count % step:
+            nearest = sorted({max(step, count // step * step), -(-count // step) * step})
+            raise TopologyError(
+                f"data.eval_samples = {count} is no multiple of train.per_device_eval_batch_size x "
+                f"{replicas} data-parallel ranks = {step}; set it to {' or '.join(map(str, nearest))}"
+            )
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each rank takes in one optimizer step."""
@@ -88,9 +110,10 @@ class Recipe:
         """Construct the arguments, which starts the process group where there is a launcher.
 
         Raises:
-            RecipeError: HF refuses a combination of `train:` values.
+            RecipeError: HF refuses a combination of `train:` values, or the environment contradicts the recipe.
             TopologyError: the recipe does not fit the world, or the world is not the one that was launched.
         """
+        check_environment(self.compiles)
         launched = launched_world_size()
         values = {f.name: getattr(self.train, f.name) for f in dataclasses.fields(self.train)}
         del values["global_batch_size"]
@@ -153,9 +176,7 @@ def _problems(recipe: Recipe) -> Iterable[Problem]:
     yield from limit_problems(sections)
     yield from checks.model_problems(recipe.model, recipe.data, recipe.tokenizer)
     yield from checks.tokenizer_problems(recipe.tokenizer)
-    yield from checks.data_problems(
-        recipe.data, evaluates=recipe.train.eval_strategy != "no" or recipe.train.eval_on_start
-    )
+    yield from checks.data_problems(recipe.data, evaluates=recipe.evaluates)
     yield from checks.parallel_problems(recipe.parallel)
     yield from checks.train_problems(recipe.train, recipe.data)
     yield from checks.hub_problems(recipe.hub)

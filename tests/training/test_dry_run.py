@@ -56,6 +56,13 @@ def test_without_a_global_batch_the_streams_decide(small):
     assert fitting_worlds(load_recipe([small], overrides=["train.global_batch_size=null"])) == [1, 2, 3, 4, 6, 12]
 
 
+@pytest.mark.parametrize("override", ["train.eval_strategy=steps", "train.eval_on_start=true"])
+def test_an_evaluation_is_dealt_evenly_too(small, override):
+    samples = ["data.eval_samples=16", "train.per_device_eval_batch_size=2"]
+    assert fitting_worlds(load_recipe([small], overrides=samples)) == [1, 2, 3, 4, 6, 12]
+    assert fitting_worlds(load_recipe([small], overrides=[*samples, override])) == [1, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

@@ -99,12 +99,38 @@ def test_a_world_that_does_not_fit(small, world, override, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("samples", "nearest"), [(20, "18 or 24"), (5, "6"), (6, None)], ids=["between two", "too few", "right"]
+)
+@pytest.mark.parametrize("when", ["train.eval_strategy=steps", "train.eval_on_start=true"])
+def test_an_evaluation_is_shared_out_evenly(small, samples, nearest, when):
+    overrides = [f"data.eval_samples={samples}", "train.per_device_eval_batch_size=2"]
+    assert load_recipe([small], overrides=overrides).data_size(3) == 3  # it never evaluates
+    recipe = load_recipe([small], overrides=[*overrides, when])
+    if nearest is None:
+        assert recipe.data_size(3) == 3
+        return
+    with pytest.raises(TopologyError) as error:
+        recipe.data_size(3)
+    assert str(error.value) == (
+        f"data.eval_samples = {samples} is no multiple of train.per_device_eval_batch_size x 3 data-parallel ranks "
+        f"= 6; set it to {nearest}"
+    )
+
+
+@pytest.mark.parametrize("key", ["torch_compile=true", "torch_compile_backend=eager", "torch_compile_mode=default"])
+def test_what_compiles(small, key):
+    assert load_recipe([small]).compiles is False
+    assert load_recipe([small], overrides=[f"train.{key}"]).compiles is True
+
+
 def test_model_parallel_sizes_divide_the_world():
     parallel = Recipe().parallel.__class__(tensor=2, pipeline=2)
     with pytest.raises(TopologyError) as error:
         Recipe(parallel=parallel).data_size(6)
     assert str(error.value) == (
-        "parallel.tensor x parallel.pipeline = 4 does not divide world_size=6; launch 4 processes or a multiple of it"
+        "parallel.tensor=2 x parallel.pipeline=2 = 4 does not divide world_size=6; "
+        "launch 4 processes or a multiple of it"
     )
     assert Recipe(parallel=parallel).data_size(8) == 2
 
