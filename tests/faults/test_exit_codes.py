@@ -213,9 +213,9 @@ def test_an_optimizer_without_master_weights_ends_with_code_2(runs):
 def test_a_named_checkpoint_that_is_missing_ends_with_code_6(runs):
     missing = runs.folder / "nowhere" / "checkpoint-4"
     assert runs.run("missing", f"train.resume_from_checkpoint={missing}", ONE, world_size=2) == [6, 6]
-    for rank, voice in enumerate(["error: ", "error on rank 1: "]):
-        expected = f"{voice}{missing}/manifest.json is missing: {missing} is not a finished checkpoint"
-        assert last_line(runs, "missing", rank) == expected
+    expected = f"error: {missing}/manifest.json is missing: {missing} is not a finished checkpoint"
+    assert last_line(runs, "missing") == expected
+    assert "error" not in runs.message("missing", rank=1)  # one voice is enough for what all ranks agreed on
 
 
 def test_an_output_directory_with_checkpoints_is_not_overwritten(runs):
