@@ -7,11 +7,13 @@ when to stop, and what is logged.
 import functools
 import logging
 import math
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -201,18 +203,21 @@ class NeoXTrainer(Trainer):
             if self.guard.skipped_steps:
                 logs["skipped_steps"] = self.guard.skipped_steps
             if bad_rows := self._bad_rows():
-                logs["bad_rows"] = bad_rows
+                logs["bad_rows"] = bad_rows.total()
+                logs.update({f"bad_rows/{kind}": count for kind, count in sorted(bad_rows.items())})
             if not math.isfinite(logs["loss"]):
                 # HF subtracts the sum it has logged from itself, which would leave the NaN in it for ever.
                 self._tr_loss.zero_()
         super().log(logs, start_time)
 
-    def _bad_rows(self) -> int:
-        """Rows that all ranks have dropped so far. Every rank calls it."""
+    def _bad_rows(self) -> Counter[str]:
+        """Rows that all ranks have dropped so far, by class. Every rank calls it."""
         if self.loader is None or self.loader.stream.settings.bad_rows == "error":
-            return 0
-        mine = torch.tensor(sum(self.loader.bad_rows.values()), device=self.args.device)
-        return int(self.accelerator.reduce(mine, reduction="sum"))
+            return Counter()
+        mine = Counter(self.loader.bad_rows)
+        if isinstance(self.eval_dataset, EvaluationBatches):
+            mine.update(self.eval_dataset.bad_rows)
+        return sum(gather_object([mine]), Counter())
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> float:
         return inputs["input_ids"].numel() * self._flops_per_token

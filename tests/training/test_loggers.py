@@ -90,3 +90,17 @@ def stored_records(content: bytes, block: int = 32768, header: int = 7) -> Itera
         if kind in (1, 4):
             yield parts
             parts = b""
+
+
+def test_bad_rows_of_all_ranks_are_in_the_log_by_class(runs):
+    corpus = runs.folder / "spotted.jsonl"
+    corpus.write_text(runs.corpus.read_text() + '{"text": ""}\n{broken\n{"txet": "x"}\n{"text": ""}\n')
+    options = [f"data.sources=[{{path: {corpus}}}]", "data.bad_rows=skip", "train.per_device_train_batch_size=1"]
+    options += ["train.max_steps=40", "train.save_steps=40", "train.eval_strategy=steps", "train.eval_steps=40"]
+    assert runs.run("spotted", *options, world_size=2) == [0, 0], runs.message("spotted")
+    last = [entry for entry in runs.log_history("spotted", 40) if "bad_rows" in entry][-1]
+    counts = {key: count for key, count in last.items() if key.startswith("bad_rows/")}
+    # Four documents in five are trained on, and each row belongs to one rank: none is counted twice.
+    assert counts["bad_rows/broken_json"] == counts["bad_rows/missing_key"] == 1
+    assert counts["bad_rows/empty_text"] in (1, 2)
+    assert last["bad_rows"] == sum(counts.values())
