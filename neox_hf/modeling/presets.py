@@ -4,9 +4,9 @@ Sources: gpt-neox configs/pythia/*.yml and configs/20B.yml; vocabulary sizes are
 tensor parallelism each size was trained with.
 """
 
-from difflib import get_close_matches
 from typing import Any
 
+from neox_hf.config import nearest
 from neox_hf.errors import RecipeError
 from neox_hf.modeling.configuration import GPTNeoXConfig
 
@@ -58,7 +58,7 @@ def preset_config(name: str, **overrides: Any) -> GPTNeoXConfig:
         RecipeError: no size has that name.
     """
     if name not in PRESETS:
-        close = get_close_matches(name.lower(), PRESETS, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
+        close = nearest(name.lower(), PRESETS)
+        hint = f"Did you mean {close!r}? " if close else ""
         raise RecipeError(f"model {name!r} is unknown. {hint}Choose one of {', '.join(PRESETS)}")
     return GPTNeoXConfig(**(PRESETS[name] | overrides))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from neox_hf.checkpoint.durable import write_durably
 from neox_hf.checkpoint.hub.allow_list import allowed_files, is_allowed, is_weights
 from neox_hf.errors import CheckpointError
 
@@ -97,7 +98,7 @@ class PushQueue:
             _keep(path, draft / "files" / path.name)
         for text_name, content in texts.items():
             (draft / "files" / text_name).write_text(content, encoding="utf-8")
-        _write_durably(draft / LEDGER, json.dumps(asdict(destination)))
+        write_durably(draft / LEDGER, json.dumps(asdict(destination)).encode())
         return Entry(draft.rename(self.path / name))
 
     def entries(self) -> list[Entry]:
@@ -142,10 +143,3 @@ def _keep(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
