@@ -1,21 +1,39 @@
 """Where one process stands in the world: a frozen value that travels as an argument."""
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
 
 from neox_hf.errors import TopologyError
+
+AXES = ("pipeline", "data", "tensor")
+"""From the outermost to the innermost: ranks of one tensor group are neighbours."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process group along each axis. None where the axis is the whole world, or is one process long."""
+
+    pipeline: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
+    tensor: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Sizes of the three axes and this process's rank. Axes from outermost to innermost: pipeline, data, tensor.
+    """Sizes of the three axes, this process's rank and, once connected, its process groups.
 
-    All sizes are counts of processes; coordinates count from 0.
+    All sizes are counts of processes; coordinates count from 0. `sequence`: inside a tensor group, norms and residuals
+    are sharded along the sequence.
     """
 
     pipeline: int = 1
     data: int = 1
     tensor: int = 1
     rank: int = 0
+    sequence: bool = False
+    groups: Groups = field(default_factory=Groups, compare=False, repr=False)
 
     @classmethod
     def single(cls) -> "Topology":
@@ -23,7 +41,9 @@ class Topology:
         return cls()
 
     @classmethod
-    def from_world(cls, world_size: int, rank: int, *, tensor: int = 1, pipeline: int = 1) -> "Topology":
+    def from_world(
+        cls, world_size: int, rank: int, *, tensor: int = 1, pipeline: int = 1, sequence: bool = False
+    ) -> "Topology":
         """Lay `world_size` processes out; the data size is what tensor and pipeline leave.
 
         Raises:
@@ -33,9 +53,34 @@ class Topology:
         if world_size % model_size:
             raise TopologyError(
                 f"parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_size} does not divide "
-                f"world_size={world_size}; launch {model_size} processes or a multiple of it"
+                f"world_size={world_size}, so no data size fits; launch {model_size} processes or a multiple of it"
             )
-        return cls(pipeline=pipeline, data=world_size // model_size, tensor=tensor, rank=rank)
+        return cls(
+            pipeline=pipeline,
+            data=world_size // model_size,
+            tensor=tensor,
+            rank=rank,
+            sequence=sequence and tensor > 1,
+        )
+
+    def connect(self) -> "Topology":
+        """The same place with its process groups. Every rank of the world calls it, once."""
+        mine = {axis: self._new_groups(axis) for axis in AXES if 1 < getattr(self, axis) < self.world_size}
+        return dataclasses.replace(self, groups=Groups(**mine))
+
+    def axis_ranks(self, axis: str) -> list[list[int]]:
+        """World ranks of every group along `axis`, which is one of AXES."""
+        steps = {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}
+        step, size = steps[axis], getattr(self, axis)
+        firsts = [rank for rank in range(self.world_size) if rank // step % size == 0]
+        return [[first + step * place for place in range(size)] for first in firsts]
+
+    def _new_groups(self, axis: str) -> dist.ProcessGroup:
+        mine, _ = dist.new_subgroups_by_enumeration(self.axis_ranks(axis))
+        return mine
+
+    def __str__(self) -> str:
+        return f"{self.world_size} = {self.pipeline} pipeline x {self.data} data x {self.tensor} tensor"
 
     @property
     def world_size(self) -> int:
@@ -52,3 +97,17 @@ class Topology:
     @property
     def pipeline_rank(self) -> int:
         return self.rank // (self.tensor * self.data)
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether one replica takes more than one process."""
+        return self.tensor > 1 or self.pipeline > 1
+
+    @property
+    def heads_replica(self) -> bool:
+        """Whether this rank speaks for its replica: its first stage's first tensor rank."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
