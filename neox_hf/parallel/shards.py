@@ -43,7 +43,7 @@ class Shard:
 
 
 class Sharded:
-    """A module that holds shards. Mixed into the parallel layers, beside the torch class whose parameters they split."""
+    """A module that holds shards: mixed into the parallel layers, beside the class whose parameters they split."""
 
     def shards(self) -> dict[str, Shard]:
         """The shard of each own parameter that is not whole, by its name in this module."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.gloo import run_ranks
 
 from neox_hf.errors import TopologyError
 from neox_hf.parallel import Topology
+from tests.gloo import run_ranks
 
 
 def test_single_is_the_world_of_one():
@@ -18,7 +18,8 @@ def test_single_is_the_world_of_one():
         0,
         0,
     )
-    assert single.heads_replica and single.is_last_stage and not single.splits_model
+    assert single.heads_replica and single.is_last_stage
+    assert not single.splits_model
 
 
 def test_tensor_is_innermost_and_pipeline_outermost():
