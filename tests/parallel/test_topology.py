@@ -18,7 +18,8 @@ def test_single_is_the_world_of_one():
         0,
         0,
     )
-    assert single.heads_replica and single.is_last_stage
+    assert single.heads_replica
+    assert single.is_last_stage
     assert not single.splits_model
 
 
