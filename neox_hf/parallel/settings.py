@@ -1,6 +1,7 @@
 """The `parallel:` section of a recipe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,10 +10,30 @@ class ParallelSettings:
 
     tensor: ranks that share each matrix. pipeline: ranks that share the stack of layers.
     sequence: shard norms and residuals along the sequence inside a tensor group.
-    zero_stage: how much of the optimizer state, gradients and weights data parallelism shards.
+    zero_stage: what data parallelism shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+    offload: `optimizer` keeps the optimizer's state in the host's memory and steps there.
+    partition: how layers are dealt to stages: stages of like parameter count, of like length, or the first layer of
+        each stage and then the number of layers, so `[0, 5, 12]` is two stages of 5 and 7.
     """
 
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
     zero_stage: int = 0
+    offload: Literal["none", "optimizer"] = "none"
+    partition: Literal["parameters", "layers"] | list[int] = "parameters"
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether one replica takes more than one process: DeepSpeed's pipeline engine then runs the steps."""
+        return self.tensor > 1 or self.pipeline > 1
+
+    @property
+    def effective_zero_stage(self) -> int:
+        """The stage that runs. A split model always has stage 1: at 0 the pipeline engine clips by a norm that leaves
+        most parameters out."""
+        return max(1, self.zero_stage) if self.splits_model else self.zero_stage
+
+    @property
+    def needs_deepspeed(self) -> bool:
+        return self.effective_zero_stage > 0
