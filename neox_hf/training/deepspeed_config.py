@@ -8,6 +8,7 @@ derives it from its own data-parallel size.
 from typing import Any, Protocol
 
 from neox_hf.parallel.settings import ParallelSettings
+from neox_hf.parallel.topology import Topology
 from neox_hf.training.precision import default_precision
 
 REDUCE_ELEMENTS = 100_000_000
@@ -37,7 +38,9 @@ class StepSettings(Protocol):
     precision: str
 
 
-def deepspeed_config(train: StepSettings, parallel: ParallelSettings, accumulation: int) -> dict[str, Any] | None:
+def deepspeed_config(
+    train: StepSettings, parallel: ParallelSettings, topology: Topology, accumulation: int
+) -> dict[str, Any] | None:
     """DeepSpeed's configuration for a run, or None where DeepSpeed has no part in it.
 
     Args:
@@ -53,7 +56,7 @@ def deepspeed_config(train: StepSettings, parallel: ParallelSettings, accumulati
         "steps_per_print": NEVER,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_section(parallel),
+        "zero_optimization": _zero_section(parallel, topology),
         **_precision_sections(precision),
     }
 
@@ -71,7 +74,7 @@ def _precision_sections(precision: str) -> dict[str, Any]:
     return fp32_gradients
 
 
-def _zero_section(parallel: ParallelSettings) -> dict[str, Any]:
+def _zero_section(parallel: ParallelSettings, topology: Topology) -> dict[str, Any]:
     stage = parallel.effective_zero_stage
     section: dict[str, Any] = {
         "stage": stage,
@@ -81,7 +84,7 @@ def _zero_section(parallel: ParallelSettings) -> dict[str, Any]:
         "allgather_partitions": True,
         "allgather_bucket_size": GATHER_ELEMENTS,
         # A pipeline's backward passes leave no room to overlap with, and its engine refuses it.
-        "overlap_comm": not parallel.splits_model,
+        "overlap_comm": topology.data > 1 and not topology.splits_model,
     }
     if stage == 3:
         section |= {
