@@ -5,10 +5,19 @@ from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_ent
 from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
 from neox_hf.kernels.dual_layer_norm import DUAL_LAYER_NORM, dual_layer_norm
 from neox_hf.kernels.layer_norm import LAYER_NORM, layer_norm
+from neox_hf.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from neox_hf.kernels.residual_add import RESIDUAL_ADD, residual_add
 from neox_hf.kernels.rotary import ROTARY, rotary
 
-OPS: tuple[Op, ...] = (LAYER_NORM, DUAL_LAYER_NORM, ROTARY, BIAS_GELU, RESIDUAL_ADD, CROSS_ENTROPY)
+OPS: tuple[Op, ...] = (
+    LAYER_NORM,
+    DUAL_LAYER_NORM,
+    ROTARY,
+    BIAS_GELU,
+    RESIDUAL_ADD,
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+)
 
 __all__ = [
     "BACKENDS",
@@ -21,6 +30,7 @@ __all__ = [
     "describe_choice",
     "dual_layer_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "residual_add",
     "rotary",
 ]

@@ -1,0 +1,365 @@
+"""The head and its loss in one op: against whole logits, against fp64, in chunks, over ranks."""
+
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neox_hf.kernels import cross_entropy, linear_cross_entropy
+from neox_hf.kernels.linear_cross_entropy import CHUNK_MULTIPLE, LOGITS_AT_ONCE, default_chunk
+
+TOKENS, HIDDEN, VOCABULARY = 37, 16, 29
+
+
+def inputs(dtype=torch.float32, tokens=TOKENS, vocabulary=VOCABULARY, spread=4.0):
+    torch.manual_seed(0)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    labels[3:7] = -100
+    return torch.randn(tokens, HIDDEN).to(dtype), (torch.randn(vocabulary, HIDDEN) * spread / 4).to(dtype), labels
+
+
+def on_whole_logits(hidden, weight, labels):
+    """The same sum by the loss op, whose mean is over the labels."""
+    return cross_entropy((hidden @ weight.t())[None], None, shift_labels=labels[None], num_items_in_batch=1)
+
+
+def with_gradients(function, hidden, weight, labels, upstream=1.0, **options):
+    """Loss and the two gradients."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = function(hidden, weight, labels, **options)
+    (loss * upstream).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def assert_all_close(found, wanted, tolerance):
+    for name, a, b in zip(("loss", "gradient of hidden", "gradient of weight"), found, wanted, strict=True):
+        worst = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
+        assert worst <= tolerance, f"{name}: {worst:.2e} of the largest element, over {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 18, 36, 37, 38, 128, None])
+def test_equals_the_loss_of_whole_logits_for_every_chunk(chunk):
+    data = inputs()
+    found = with_gradients(linear_cross_entropy, *data, upstream=0.25, chunk=chunk)
+    assert_all_close(found, with_gradients(on_whole_logits, *data, upstream=0.25), 2e-6)
+
+
+def test_follows_the_equation(assert_follows):
+    hidden, weight, labels = inputs()
+
+    def written_out(h, w):
+        losses = [((w @ h[i]).exp().sum().log() - w[y] @ h[i]) for i, y in enumerate(labels.tolist()) if y != -100]
+        return torch.stack(losses).sum()
+
+    assert_follows(lambda h, w: linear_cross_entropy(h, w, labels, chunk=8), written_out, (hidden, weight), 2e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, None])
+def test_gradcheck_in_double_precision(chunk):
+    hidden, weight, labels = inputs(torch.float64, tokens=9, vocabulary=7)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    assert loss.dtype == torch.float64
+    arguments = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, chunk=chunk), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.1, 4.0, 12.0])
+def test_half_precision_is_no_further_from_the_truth_than_torch(dtype, spread):
+    hidden, weight, labels = inputs(dtype, tokens=300, vocabulary=101, spread=spread)
+    found = with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=64)
+    stock = with_gradients(on_whole_logits, hidden, weight, labels)
+    truth = with_gradients(on_whole_logits, hidden.double(), weight.double(), labels)
+    assert found[0].dtype == torch.float32
+    assert [x.dtype for x in found[1:]] == [dtype, dtype]
+    for ours, theirs, exact in zip(found, stock, truth, strict=True):
+        error = (ours.double() - exact).norm()
+        assert error <= 1.02 * (theirs.double() - exact).norm() + 1e-7 * exact.norm()
+
+
+def test_a_weight_with_wider_gradients_gets_them_unrounded_and_adds_them_up():
+    hidden, weight, labels = inputs(torch.bfloat16)
+    weight = torch.nn.Parameter(weight)
+    weight.grad_dtype = torch.float32
+    linear_cross_entropy(hidden, weight, labels).backward()
+    once = weight.grad.clone()
+    assert once.dtype == torch.float32
+    assert not torch.equal(once, once.bfloat16().float())
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert torch.equal(weight.grad, 2 * once)
+
+
+def test_any_gradient_dtype_means_the_precise_one():
+    hidden, weight, labels = inputs(torch.bfloat16)
+    weight = torch.nn.Parameter(weight)
+    weight.grad_dtype = None
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_the_upstream_factor_is_not_rounded_to_half_precision():
+    # 1/3 in bf16 is off by 0.1 %, the same way in every element.
+    hidden, weight, labels = inputs(torch.bfloat16, tokens=256)
+    _, whole, _ = with_gradients(linear_cross_entropy, hidden, weight, labels)
+    _, third, _ = with_gradients(linear_cross_entropy, hidden, weight, labels, upstream=1 / 3)
+    counted = whole != 0
+    ratio = (third.double()[counted] / whole.double()[counted]).mean()
+    assert ratio.item() == pytest.approx(1 / 3, rel=3e-4)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.0])
+def test_no_label_at_all_gives_zero_and_not_nan(upstream):
+    hidden, weight, labels = inputs()
+    loss, *gradients = with_gradients(
+        linear_cross_entropy, hidden, weight, torch.full_like(labels, -100), upstream=upstream, chunk=8
+    )
+    assert loss.item() == 0.0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_what_an_ignored_token_holds_reaches_nothing():
+    hidden, weight, labels = inputs()
+    wanted = with_gradients(linear_cross_entropy, hidden, weight, labels)
+    hidden[4] = torch.inf
+    for found, expected in zip(with_gradients(linear_cross_entropy, hidden, weight, labels), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_other_ignore_index():
+    hidden, weight, labels = inputs()
+    other = labels.masked_fill(labels == -100, 5)
+    assert torch.equal(
+        linear_cross_entropy(hidden, weight, other, ignore_index=5),
+        linear_cross_entropy(hidden, weight, other.masked_fill(other == 5, -100)),
+    )
+
+
+@pytest.mark.parametrize("label", [VOCABULARY, -1])
+def test_a_label_outside_the_vocabulary_gives_nan(label):
+    hidden, weight, labels = inputs()
+    labels[0] = label
+    assert linear_cross_entropy(hidden, weight, labels).isnan()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_only_the_gradient_that_is_wanted_is_made(frozen):
+    hidden, weight, labels = inputs()
+    _, for_hidden, for_weight = with_gradients(linear_cross_entropy, hidden, weight, labels)
+    if frozen == "hidden":
+        weight.requires_grad_()
+    else:
+        hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert torch.equal(weight.grad, for_weight) if frozen == "hidden" else torch.equal(hidden.grad, for_hidden)
+
+
+def test_autocast_multiplies_in_its_dtype_and_keeps_fp32_gradients():
+    hidden, weight, labels = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(linear_cross_entropy, hidden, weight, labels)
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(hidden, weight, labels), found[0])
+    assert [x.dtype for x in found] == [torch.float32] * 3
+    assert_all_close(found, with_gradients(linear_cross_entropy, hidden.bfloat16(), weight.bfloat16(), labels), 4e-3)
+
+
+def test_empty_input():
+    loss, for_hidden, for_weight = with_gradients(
+        linear_cross_entropy, torch.zeros(0, HIDDEN), torch.ones(5, HIDDEN), torch.zeros(0, dtype=torch.int64)
+    )
+    assert (loss.item(), for_hidden.shape, for_weight.any().item()) == (0.0, (0, HIDDEN), False)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation; `elements` of the largest result, and how many matrix products there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
+
+
+def test_nothing_is_larger_than_a_chunk_of_logits_and_no_product_runs_twice():
+    hidden, weight, labels = inputs(tokens=512, vocabulary=640)
+    with LargestTensor() as largest:
+        with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=128)
+    assert largest.elements == 128 * 640
+    assert largest.products == 3 * 4
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    kept = []
+    hidden, weight, labels = inputs(tokens=512, vocabulary=640)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, chunk=128)
+    assert sorted(kept) == sorted([hidden.shape, weight.shape])
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+def test_evaluation_makes_no_gradient(grad):
+    hidden, weight, labels = inputs()
+    wanted = linear_cross_entropy(hidden, weight, labels, chunk=10)
+    with grad(), LargestTensor() as largest:
+        loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, chunk=10)
+    assert largest.products == 4
+    assert torch.equal(loss, wanted)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 10), (8192, 50304), (16384, 50304), (8192, 25216), (5000, 2**27)])
+def test_default_chunk(tokens, rows):
+    chunk = default_chunk(tokens, rows)
+    assert chunk % CHUNK_MULTIPLE == 0
+    assert chunk * rows <= LOGITS_AT_ONCE or chunk == CHUNK_MULTIPLE
+    pieces = -(-tokens // chunk)
+    assert pieces * chunk - tokens < CHUNK_MULTIPLE * pieces, "chunks of unequal size waste the last product"
+
+
+class SimulatedRanks:
+    """Threads of one process as the ranks of a tensor group."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.slots = size, threading.Barrier(size, timeout=60), [None] * size
+        self.calls = [[] for _ in range(size)]
+
+    def reducer(self, rank, name, combine):
+        def reduce(tensor):
+            self.calls[rank].append((name, tuple(tensor.shape)))
+            self.slots[rank] = tensor.clone()
+            self.barrier.wait()
+            whole = combine(torch.stack(self.slots))
+            self.barrier.wait()
+            tensor.copy_(whole)
+
+        return reduce
+
+    def run(self, function):
+        results = [None] * self.size
+
+        def work(rank):
+            results[rank] = function(
+                rank,
+                self.reducer(rank, "max", lambda x: x.amax(0)),
+                self.reducer(rank, "sum", lambda x: x.sum(0)),
+            )
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert None not in results, "a rank failed"
+        return results
+
+
+def over_ranks(ranks, hidden, weight, labels, share_rows, **options):
+    """What each rank gets of a head padded to `share_rows` rows a rank. Padding holds large numbers, to be noticed."""
+    padded = F.pad(weight, (0, 0, 0, ranks.size * share_rows - len(weight)), value=50.0)
+
+    def one(rank, all_max, all_sum):
+        first = rank * share_rows
+        return with_gradients(
+            linear_cross_entropy,
+            hidden,
+            padded[first : first + share_rows],
+            labels,
+            first_row=first,
+            rows=max(0, min(share_rows, len(weight) - first)),
+            all_max=all_max,
+            all_sum=all_sum,
+            **options,
+        )
+
+    return ranks.run(one)
+
+
+@pytest.mark.parametrize(("size", "share_rows"), [(2, 15), (4, 8), (2, 20), (3, 15), (4, 29), (1, 32)])
+@pytest.mark.parametrize("chunk", [10, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_together_equal_the_whole(size, share_rows, chunk, dtype):
+    hidden, weight, labels = inputs(dtype)
+    ranks = SimulatedRanks(size)
+    found = over_ranks(ranks, hidden, weight, labels, share_rows, chunk=chunk, upstream=0.5)
+    losses, for_hidden, for_weight = zip(*found, strict=True)
+    together = (losses[0], sum(for_hidden), torch.cat(for_weight)[:VOCABULARY])
+    tolerance = 3e-6 if dtype == torch.float32 else 1e-12
+    assert_all_close(together, with_gradients(linear_cross_entropy, hidden, weight, labels, upstream=0.5), tolerance)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert not torch.cat(for_weight)[VOCABULARY:].any(), "padding got a gradient"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_in_half_precision_with_a_rank_of_padding_alone(dtype):
+    hidden, weight, labels = inputs(dtype)
+    found = over_ranks(SimulatedRanks(3), hidden, weight, labels, 15)
+    losses, for_hidden, for_weight = zip(*found, strict=True)
+    together = (losses[0], sum(x.float() for x in for_hidden), torch.cat(for_weight)[:VOCABULARY])
+    assert_all_close(together, with_gradients(linear_cross_entropy, hidden, weight, labels), 2e-2)
+    assert not for_hidden[2].any()
+    assert not for_weight[2].any()
+
+
+def test_padding_without_ranks():
+    hidden, weight, labels = inputs()
+    padded = F.pad(weight, (0, 0, 0, 3), value=50.0)
+    loss, for_hidden, for_weight = with_gradients(linear_cross_entropy, hidden, padded, labels, rows=VOCABULARY)
+    wanted = with_gradients(linear_cross_entropy, hidden, weight, labels)
+    assert_all_close((loss, for_hidden, for_weight[:VOCABULARY]), wanted, 1e-6)
+    assert not for_weight[VOCABULARY:].any()
+
+
+@pytest.mark.parametrize("everything_ignored", [False, True])
+def test_every_rank_reduces_twice_a_chunk_whatever_its_labels(everything_ignored):
+    hidden, weight, labels = inputs()
+    labels = torch.full_like(labels, -100) if everything_ignored else labels.clamp(max=10)  # all on the first rank
+    ranks = SimulatedRanks(2)
+    found = over_ranks(ranks, hidden, weight, labels, 15, chunk=10)
+    chunks = [10, 10, 10, 7]
+    assert ranks.calls[0] == ranks.calls[1] == [call for n in chunks for call in (("max", (n, 1)), ("sum", (n, 3)))]
+    assert all(loss.isfinite() for loss, _, _ in found)
+    assert (found[0][0].item() == 0) == everything_ignored
+
+
+def test_a_label_that_no_rank_holds_gives_nan_on_every_rank():
+    hidden, weight, labels = inputs()
+    labels[0] = VOCABULARY  # a row of padding of the last rank
+    assert all(loss.isnan() for loss, _, _ in over_ranks(SimulatedRanks(2), hidden, weight, labels, 16))
+
+
+def test_repeats_exactly():
+    data = inputs()
+    first = over_ranks(SimulatedRanks(2), *data, 16, chunk=10)
+    again = over_ranks(SimulatedRanks(2), *data, 16, chunk=10)
+    assert all(torch.equal(a, b) for one, two in zip(first, again, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, labels = inputs()
+    found = with_gradients(linear_cross_entropy, hidden * 100, weight * 100, labels)
+    assert_all_close(
+        found, with_gradients(on_whole_logits, (hidden * 100).double(), (weight * 100).double(), labels), 1e-5
+    )
+    split = over_ranks(SimulatedRanks(2), hidden * 100, weight * 100, labels, 15)
+    assert_all_close(
+        (split[0][0], split[0][1] + split[1][1], torch.cat([s[2] for s in split])[:VOCABULARY]), found, 1e-5
+    )
+
+
+def test_chunk_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="chunk=0: a chunk has at least one token"):
+        linear_cross_entropy(*inputs(), chunk=0)
+
+
+@pytest.mark.parametrize(("given", "missing"), [("all_max", "all_sum"), ("all_sum", "all_max")])
+def test_one_reduction_alone_is_refused(given, missing):
+    with pytest.raises(ValueError, match=f"was given {given} without {missing}; a split vocabulary needs both"):
+        linear_cross_entropy(*inputs(), **{given: lambda tensor: tensor})
