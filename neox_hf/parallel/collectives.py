@@ -70,3 +70,29 @@ def first_rank_first(topology: Topology, compute: Callable[[], T]) -> T:
     mine: list[T] = []
     from_first_rank(topology, lambda: mine.append(compute()))
     return mine[0] if mine else compute()
+
+
+def together(topology: Topology, compute: Callable[[], T]) -> T:
+    """What `compute` returns on this rank, once it has returned on every rank; `compute` itself must not communicate.
+
+    Raises:
+        Exception: on a rank that failed whatever `compute` raised; on the others the lowest such rank's error, as its
+            nearest relative of TRAVELLING. So no rank goes on, or waits, while another has given up. Rank 0 tells of
+            it: elsewhere `spoken_by_first_rank` is True.
+    """
+    if topology.world_size == 1:
+        return compute()
+    result, raised = None, None
+    try:
+        result = compute()
+    except Exception as error:  # noqa: BLE001 - raised below, when all ranks know of it
+        raised = error
+    failures: list[tuple[type[Exception], str] | None] = [None] * topology.world_size
+    dist.all_gather_object(failures, None if raised is None else _kind_and_message(raised))
+    failed = [(rank, *failure) for rank, failure in enumerate(failures) if failure is not None]
+    if not failed:
+        return result
+    rank, kind, message = failed[0]
+    error = raised or kind(f"rank {rank}: {message}")
+    error.spoken_by_first_rank = topology.rank != 0
+    raise error

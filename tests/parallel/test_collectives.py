@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neox_hf.errors import CheckpointError, DataError
-from neox_hf.parallel.collectives import first_rank_first, from_first_rank
+from neox_hf.parallel.collectives import first_rank_first, from_first_rank, together
 from neox_hf.parallel.topology import Topology
 from tests.gloo import run_ranks
 
@@ -74,3 +74,25 @@ def test_two_ranks():
 def test_one_rank_just_computes():
     assert from_first_rank(Topology.single(), lambda: 3) == 3
     assert first_rank_first(Topology.single(), lambda: 4) == 4
+    assert together(Topology.single(), lambda: 5) == 5
+
+
+def fail_together(rank: int) -> list[tuple[str, str, bool]]:
+    topology = Topology.from_world(3, rank)
+    assert together(topology, lambda: f"of {rank}") == f"of {rank}"
+    seen = []
+    for failing in ([1], [0, 2]):
+        with pytest.raises(Exception) as ended:
+            together(topology, tear if rank in failing else lambda: None)
+        error = ended.value
+        seen.append((type(error).__name__, str(error), error.spoken_by_first_rank))
+    return seen
+
+
+def test_all_ranks_fail_together_and_rank_0_speaks():
+    torn = "a.jsonl:3 is torn"
+    assert run_ranks(fail_together, 3) == [
+        [("DataError", f"rank 1: Elaborate: {torn}", False), ("Elaborate", torn, False)],
+        [("Elaborate", torn, True), ("DataError", f"rank 0: Elaborate: {torn}", True)],
+        [("DataError", f"rank 1: Elaborate: {torn}", True), ("Elaborate", torn, True)],
+    ]
