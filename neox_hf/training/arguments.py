@@ -5,7 +5,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from neox_hf.training.precision import Precision, default_precision, precision_of
+from neox_hf.training.precision import Precision, precision_here, precision_of
 
 
 @dataclass
@@ -13,7 +13,10 @@ class NeoXTrainingArguments(TrainingArguments):
     """`TrainingArguments` for GPT-NeoX pretraining.
 
     precision: `fp32`; `amp` (fp32 weights under bf16 autocast); `bf16` (bf16 weights and activations with fp32
-        master weights, moments and gradient accumulation). `auto` is bf16 on CUDA and fp32 elsewhere.
+        master weights, moments and gradient accumulation); `fp16` (the same with a dynamic loss scale; DeepSpeed on
+        CUDA alone). `auto` is bf16 on CUDA and fp32 elsewhere.
+    activation_checkpointing: what the backward pass computes again: `none`, `full` blocks, or, `selective`, what is
+        cheap to compute and large to keep. `true` and `false` are transformers' words for `full` and `none`.
     lr_decay_style: GPT-NeoX schedule; when set it replaces `lr_scheduler_type`.
     lr_warmup_fraction: warm-up, as a fraction of `lr_decay_steps`. min_lr: floor of the schedule.
     lr_decay_steps: steps over which the rate decays; `max_steps` when unset.
@@ -24,7 +27,8 @@ class NeoXTrainingArguments(TrainingArguments):
     peak_tflops: dense peak or sustained rate of one device in TFLOP/s, for MFU; looked up when unset.
     """
 
-    precision: Literal["auto", "fp32", "amp", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "amp", "bf16", "fp16"] = "auto"
+    activation_checkpointing: Literal["none", "full", "selective"] | bool | None = None
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] | None = None
     lr_warmup_fraction: float = 0.01
     lr_decay_steps: int | None = None
@@ -47,12 +51,27 @@ class NeoXTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = False
 
     def __post_init__(self) -> None:
-        if self.precision == "auto":
-            self.precision = default_precision()
-        self.bf16 = precision_of(self.precision).autocast
+        self.precision = precision_here(self.precision)
+        # To HF a flag means autocast; with DeepSpeed it means the dtype of the weights, and must agree with its config.
+        self.bf16 = self.numeric.autocast or (bool(self.deepspeed) and self.precision == "bf16")
+        self.fp16 = bool(self.deepspeed) and self.precision == "fp16"
+        if self.activation_checkpointing == "none":
+            self.activation_checkpointing = False  # HF takes any text for a yes
         super().__post_init__()
         # HF would take it from the environment, where `accelerate launch` puts what a host's configuration says.
-        self.mixed_precision = "bf16" if self.bf16 else "no"
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    @property
+    def recompute(self) -> Literal["none", "full", "selective"]:
+        """What the backward pass computes again."""
+        if self.activation_checkpointing == "selective":
+            return "selective"
+        return "full" if self.activation_checkpointing else "none"
+
+    @property
+    def keeps_master(self) -> bool:
+        """Whether our optimizer keeps fp32 master weights; under DeepSpeed, DeepSpeed does."""
+        return self.numeric.master and not self.deepspeed
 
     @property
     def numeric(self) -> Precision:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.parallel.topology import Topology
-from neox_hf.training.precision import default_precision
+from neox_hf.training.precision import precision_here
 
 REDUCE_ELEMENTS = 100_000_000
 """Gradients per message. Messages wait for nothing else, so this bounds the buffer rather than the speed."""
@@ -48,7 +48,6 @@ def deepspeed_config(
     """
     if not parallel.needs_deepspeed:
         return None
-    precision = default_precision() if train.precision == "auto" else train.precision
     return {
         "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -57,7 +56,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_section(parallel, topology),
-        **_precision_sections(precision),
+        **_precision_sections(precision_here(train.precision)),
     }
 
 

@@ -46,7 +46,7 @@ def dry_run_report(recipe: Recipe) -> str:
         "parameters": parameters_in_words(recipe),
         "tokens per step": f"{tokens:,} = {samples:,} samples x {seq_length:,} tokens",
         "tokens in total": f"{tokens * steps:,} in {steps:,} steps",
-        "this world": f"{world} = {recipe.data_size(world)} data x {recipe.parallel.pipeline} pipeline "
+        "this world": f"{world} = {recipe.topology(world).data} data x {recipe.parallel.pipeline} pipeline "
         f"x {recipe.parallel.tensor} tensor; {micro} samples at a time, {accumulation} times a step",
         "worlds that fit": ", ".join(map(str, fitting_worlds(recipe))),
     }

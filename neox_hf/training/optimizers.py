@@ -91,7 +91,7 @@ def optimizer_class(
     Raises:
         RecipeError: the precision keeps fp32 master weights, and this optimizer cannot.
     """
-    if not args.numeric.master:
+    if not args.keeps_master:
         return stock
     name, kwargs = str(args.optim.value), stock[1]
     if name not in WITH_MASTER_WEIGHTS:

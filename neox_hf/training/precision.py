@@ -13,17 +13,20 @@ class Precision:
     weights: dtype of parameters and activations, and of the weights on disk.
     autocast: run matrix products in bf16 over fp32 weights (HF's `bf16=True`).
     master: keep fp32 master weights, moments and gradients beside low-precision weights.
+    scaled: the loss is scaled so that gradients do not vanish, which only DeepSpeed does here.
     """
 
     weights: torch.dtype
     autocast: bool = False
     master: bool = False
+    scaled: bool = False
 
 
 PRECISIONS = {
     "fp32": Precision(torch.float32),
     "amp": Precision(torch.float32, autocast=True),
     "bf16": Precision(torch.bfloat16, master=True),
+    "fp16": Precision(torch.float16, master=True, scaled=True),
 }
 
 
@@ -41,6 +44,11 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def default_precision() -> str:
     """What `auto` stands for on this host: `bf16` with CUDA, else `fp32`."""
     return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def precision_here(name: str) -> str:
+    """The precision that `name` comes to on this host: `auto` is its default, all others are themselves."""
+    return default_precision() if name == "auto" else name
 
 
 def precision_of(name: str) -> Precision:

@@ -1,6 +1,5 @@
 """What the values of a recipe must satisfy together. Each check yields the problems that it finds."""
 
-import dataclasses
 import json
 import math
 import re
@@ -15,18 +14,16 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neox_hf.checkpoint.settings import HubSettings
-from neox_hf.config import Problem, nearest
+from neox_hf.config import Problem
 from neox_hf.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from neox_hf.kernels import OPS
 from neox_hf.modeling.initialization import INIT_METHODS
 from neox_hf.modeling.presets import PRESETS
 from neox_hf.modeling.settings import NEED_NO_NEW_WEIGHTS, ModelSettings
-from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.training.optimizers import WITH_MASTER_WEIGHTS
-from neox_hf.training.precision import default_precision, precision_of
+from neox_hf.training.precision import precision_here, precision_of
 from neox_hf.training.recipe_packages import missing_for_attention, missing_for_optimizer
-
-NOT_YET = "is not available yet; this release trains with data parallelism"
+from neox_hf.training.recipe_values import DDP_KEYS, changed, did_you_mean
 
 BYTE_TOKENS = 257
 """256 bytes and the end-of-document token."""
@@ -50,19 +47,6 @@ TOKENIZER_KINDS = {
 
 NEOX_SCHEDULE_KEYS = ("lr_warmup_fraction", "lr_decay_steps", "min_lr")
 HF_SCHEDULE_KEYS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-DDP_KEYS = ("ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph")
-"""Knobs of DistributedDataParallel, which a precision with master weights does without."""
-
-
-def changed(settings: Any, key: str) -> bool:
-    """Whether a value differs from its default. That it was written says nothing: a resolved recipe writes all."""
-    default = next(entry.default for entry in dataclasses.fields(settings) if entry.name == key)
-    return getattr(settings, key) != default
-
-
-def did_you_mean(name: str, names: Any) -> str:
-    close = nearest(name, names)
-    return f"; did you mean {close}?" if close else f"; known are {', '.join(sorted(names))}"
 
 
 def model_problems(model: ModelSettings, data: DataSettings, tokenizer: TokenizerSettings) -> Iterator[Problem]:
@@ -186,24 +170,13 @@ def _source_problems(source: SourceSettings, path: tuple[str | int, ...]) -> Ite
                 yield Problem((*path, key), getattr(source, key), message)
 
 
-def parallel_problems(parallel: ParallelSettings) -> Iterator[Problem]:
-    if parallel.tensor > 1:
-        yield Problem(("parallel", "tensor"), parallel.tensor, f"tensor parallelism {NOT_YET}")
-    if parallel.pipeline > 1:
-        yield Problem(("parallel", "pipeline"), parallel.pipeline, f"pipeline parallelism {NOT_YET}")
-    if parallel.sequence:
-        yield Problem(("parallel", "sequence"), parallel.sequence, f"sequence parallelism {NOT_YET}")
-    if parallel.zero_stage in (1, 2, 3):
-        yield Problem(("parallel", "zero_stage"), parallel.zero_stage, f"ZeRO {NOT_YET}")
-
-
 def train_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
     yield from _batch_problems(train, data)
     yield from _schedule_problems(train)
     yield from _strategy_problems(train)
     yield from _best_model_problems(train)
     yield from _optimizer_problems(train)
-    yield from _master_weights_problems(train)
+    yield from _recompute_problems(train)
     known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
     for name in [train.report_to] if isinstance(train.report_to, str) else train.report_to or []:
         if name not in known:
@@ -230,6 +203,13 @@ def _batch_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
         yield Problem(("train", "global_batch_size"), total, message)
 
 
+def _recompute_problems(train: Any) -> Iterator[Problem]:
+    kwargs = train.activation_checkpointing_kwargs
+    if kwargs is not None and train.activation_checkpointing in (None, False, "none", "selective"):
+        message = "belongs to train.activation_checkpointing = full; set that, or remove it"
+        yield Problem(("train", "activation_checkpointing_kwargs"), kwargs, message)
+
+
 def _optimizer_problems(train: Any) -> Iterator[Problem]:
     optimizer = getattr(train.optim, "value", train.optim)
     if package := missing_for_optimizer(optimizer):
@@ -237,8 +217,9 @@ def _optimizer_problems(train: Any) -> Iterator[Problem]:
         yield Problem(("train", "optim"), optimizer, message)
 
 
-def _master_weights_problems(train: Any) -> Iterator[Problem]:
-    precision = default_precision() if train.precision == "auto" else train.precision
+def master_weights_problems(train: Any) -> Iterator[Problem]:
+    """Of a run without DeepSpeed, where our own optimizer keeps the master weights."""
+    precision = precision_here(train.precision)
     if not precision_of(precision).master:
         return
     for key in DDP_KEYS:
