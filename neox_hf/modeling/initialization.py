@@ -61,10 +61,14 @@ def output_layer(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def initialize_matrix(module: nn.Linear | nn.Embedding, config: "GPTNeoXConfig") -> None:
-    """Draw the weight by the method the configuration names for it; a bias starts at zero."""
+def weight_draw(module: nn.Linear | nn.Embedding, config: "GPTNeoXConfig") -> Draw:
+    """The method that the configuration names for this matrix."""
     is_output = getattr(module, "is_output_layer", False)
-    method = config.output_layer_init_method if is_output else config.init_method
-    INIT_METHODS[method](config)(module.weight)
+    return INIT_METHODS[config.output_layer_init_method if is_output else config.init_method](config)
+
+
+def initialize_matrix(module: nn.Linear | nn.Embedding, config: "GPTNeoXConfig") -> None:
+    """Draw the weight by its method; a bias starts at zero."""
+    weight_draw(module, config)(module.weight)
     if getattr(module, "bias", None) is not None:
         guarded.zeros_(module.bias)
