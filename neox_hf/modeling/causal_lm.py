@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from neox_hf.kernels import IGNORE_INDEX, cross_entropy
+from neox_hf.kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
 
@@ -35,6 +35,15 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def summed_loss(self, hidden_states: Tensor, next_tokens: Tensor) -> Tensor:
+        """Sum of the losses of next tokens int64 [B, S], -100 for none, given what `finish` returns [B, S, H].
+
+        fp32; logits are never whole.
+        """
+        return linear_cross_entropy(
+            hidden_states.flatten(0, 1), self.lm_head.weight, next_tokens.flatten(), backend=self.config.kernels
+        )
 
     @can_return_tuple
     def forward(

@@ -1,6 +1,7 @@
 """`GPTNeoXModel`: embedding, the stack of blocks, final norm."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -104,20 +105,44 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             found = "neither" if input_ids is None else "both"
             raise ValueError(f"GPTNeoXModel wants one of input_ids and inputs_embeds; found {found}")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_in(input_ids)
+        hidden_states, past_key_values = self.run_layers(
+            self.layers,
+            self.embed(input_ids, inputs_embeds),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=self.finish(hidden_states), past_key_values=past_key_values)
 
+    # The parts of a forward pass, which pipeline stages call one by one.
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """What the first layer reads [B, S, H], of token ids [B, S] or of embeddings that were looked up already."""
+        return self.emb_dropout(self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds)
+
+    def run_layers(
+        self,
+        layers: Iterable[GPTNeoXLayer],
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Cache | None]:
+        """Hidden states [B, S, H] after `layers`, and the cache. Arguments as for `forward`."""
         # From what the caller gave: a cache made below is empty and changes no mask.
-        mask = causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
-        documents = flash_documents(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        mask = causal_mask(self.config, hidden_states, attention_mask, position_ids, past_key_values)
+        documents = flash_documents(self.config, hidden_states, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-
-        hidden_states = self.emb_dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(
-            hidden_states, positions_or_default(position_ids, inputs_embeds, past_key_values)
+            hidden_states, positions_or_default(position_ids, hidden_states, past_key_values)
         )
-        for layer in self.layers:
+        for layer in layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -127,9 +152,11 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **(documents | kwargs),
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
-        )
+        return hidden_states, past_key_values
+
+    def finish(self, hidden_states: Tensor) -> Tensor:
+        """What the head reads [B, S, H], of the last layer's hidden states."""
+        return self.final_layer_norm(hidden_states)
 
 
 def positions_or_default(position_ids: Tensor | None, inputs_embeds: Tensor, past_key_values: Cache | None) -> Tensor:

@@ -99,6 +99,11 @@ class Topology:
         return self.rank // (self.tensor * self.data)
 
     @property
+    def replica_size(self) -> int:
+        """Processes that hold one replica of the model together."""
+        return self.tensor * self.pipeline
+
+    @property
     def splits_model(self) -> bool:
         """Whether one replica takes more than one process."""
         return self.tensor > 1 or self.pipeline > 1

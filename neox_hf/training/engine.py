@@ -1,10 +1,10 @@
 """Who runs forward, backward and the update: one small interface behind the trainer.
 
-`NativeEngine` is HF's own step over one process or over replicas. Tensor and pipeline parallelism bring an engine of
-their own; the trainer does not change for it.
+`NativeEngine` is HF's own step over one process or over replicas of the model. Where a replica takes several processes,
+the `PipelineEngine` runs the steps; the trainer does not change for it.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
-from neox_hf.parallel.topology import Topology
-from neox_hf.training.precision import Precision
+
+if TYPE_CHECKING:
+    from neox_hf.training.trainer import NeoXTrainer
 
 
 class Engine(Protocol):
@@ -26,6 +27,9 @@ class Engine(Protocol):
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Forward and backward of one micro-batch; the loss to log, scalar."""
 
+    def drop_step(self) -> None:
+        """See to it that the step whose gradients are not finite changes neither weights nor optimizer."""
+
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         """Loss over `batches`, a sized iterable with the same length on every rank."""
 
@@ -36,13 +40,22 @@ class Engine(Protocol):
         """Give the optimizer back what `save_boxes` wrote, under whatever layout."""
 
 
+def engine_for(trainer: "NeoXTrainer") -> Engine:
+    """The engine that runs the trainer's layout."""
+    if not trainer.topology.splits_model:
+        return NativeEngine(trainer)
+    from neox_hf.training.pipeline_engine import PipelineEngine  # imports DeepSpeed
+
+    return PipelineEngine(trainer)
+
+
 class NativeEngine:
     """Accelerate's replicas, or ours where gradients must be fp32 under bf16 weights; the stock step and loop."""
 
-    def __init__(self, trainer: Trainer, precision: Precision, topology: Topology) -> None:
+    def __init__(self, trainer: "NeoXTrainer") -> None:
         self.trainer = trainer
-        self.precision = precision
-        self.topology = topology
+        self.precision = trainer.args.numeric
+        self.topology = trainer.topology
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if isinstance(model, DataParallel) or not self.precision.master:
@@ -55,6 +68,10 @@ class NativeEngine:
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch, num_items)
+
+    def drop_step(self) -> None:
+        for parameter in self.trainer.model.parameters():
+            parameter.grad = None
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         return Trainer.evaluation_loop(self.trainer, batches, **loop)

@@ -26,7 +26,7 @@ from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.divergence import GradientGuard
-from neox_hf.training.engine import NativeEngine
+from neox_hf.training.engine import engine_for
 from neox_hf.training.optimizers import optimizer_class
 from neox_hf.training.precision import cast_weights
 from neox_hf.training.resume import checkpoint_to_resume
@@ -85,7 +85,7 @@ class NeoXTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
-        self.engine = NativeEngine(self, args.numeric, self.topology)
+        self.engine = engine_for(self)
         self.guard = GradientGuard(args.nan_policy, args.max_skipped_steps)
         self.run_state = RunState(self, documents or {})
         self.add_callback(SaveSchedule(args.save_schedule))
@@ -139,6 +139,11 @@ class NeoXTrainer(Trainer):
     ) -> Tensor:
         return self.engine.step(model, inputs, num_items_in_batch)
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        counted = super()._get_num_items_in_batch(batch_samples, device)
+        # HF adds up all processes, of which those of one replica have counted the same labels.
+        return counted if counted is None else counted // self.topology.replica_size
+
     def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
         tokens = inputs["input_ids"].numel()
         self.state.num_input_tokens_seen += tokens * self.topology.data
@@ -146,9 +151,9 @@ class NeoXTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.guard.must_skip(self.state.global_step + 1, norm):
-            for parameter in model.parameters():
-                parameter.grad = None
+        # A loss scale that was too large makes a gradient infinite, and is then halved: that is no divergence.
+        if not self.args.numeric.scaled and self.guard.must_skip(self.state.global_step + 1, norm):
+            self.engine.drop_step()
         return norm
 
     @staticmethod
@@ -224,9 +229,10 @@ class NeoXTrainer(Trainer):
 
     @functools.cached_property
     def _flops_per_token(self) -> float:
+        """This device's share of the work for one token of its replica's."""
         settings = getattr(self.train_dataset, "settings", None)
         length = settings.seq_length if settings is not None else self.model.config.max_position_embeddings
-        return flops_per_token(self.model.config, length)
+        return flops_per_token(self.model.config, length) / self.topology.replica_size
 
     @functools.cached_property
     def throughput(self) -> Throughput:
@@ -273,7 +279,11 @@ class NeoXTrainer(Trainer):
         return epochs, 0
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
+            # Before DeepSpeed takes them: it would look for weights in a directory of its own making.
+            self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self.run_state.write_beside()
         if self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule):
             self._save_checkpoint(self.model, None)

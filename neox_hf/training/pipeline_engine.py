@@ -1,0 +1,150 @@
+"""The engine of split models: DeepSpeed's pipeline engine over this rank's `Stage`, with ZeRO-1 among the replicas.
+
+It serves every layout with tensor or pipeline > 1, one stage included. DeepSpeed averages the losses of micro-batches
+and replicas, which is the mean over all labels only where every micro-batch has as many; so each micro-batch's loss
+goes in as a sum with a weight that the averages turn into the division by the step's labels.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DynamoBackend
+from deepspeed.runtime.pipe.engine import PipelineEngine as Driver
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
+from neox_hf.data import EvaluationBatches
+from neox_hf.kernels import IGNORE_INDEX
+from neox_hf.modeling.stage import Stage
+from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
+from neox_hf.training.pipeline_module import StageModule
+
+if TYPE_CHECKING:
+    from neox_hf.training.trainer import NeoXTrainer
+
+Piece = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""One micro-batch for DeepSpeed: what the first stage reads, and (next tokens, weight) for the last."""
+
+
+class PipelineEngine:
+    """See the module. `driver` is DeepSpeed's engine once there is one."""
+
+    def __init__(self, trainer: "NeoXTrainer") -> None:
+        check_trainer(trainer)
+        self.trainer = trainer
+        self.topology = trainer.topology
+        self.stage = Stage.of_materialised(trainer.model, trainer.topology)
+        self.driver: Driver | None = None
+        self._collected: list[dict[str, Tensor]] = []
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """DeepSpeed's engine around this rank's stage; `model` stays what configuration and names are asked of."""
+        trainer = self.trainer
+        self._compile_layers()
+        module = StageModule(self.stage, self.topology)
+        self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
+        return self.driver
+
+    def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
+        """Collect the micro-batch; with the last of a step, train on all of them.
+
+        Returns the step's loss with its last micro-batch and 0 with the others, which the trainer adds up.
+        """
+        trainer = self.trainer
+        self._collected.append(trainer._prepare_inputs(micro_batch))
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros((), device=trainer.args.device)
+        batches, self._collected = self._collected, []
+        check_batches(len(batches), trainer.args.gradient_accumulation_steps)
+        labels = torch.as_tensor(num_items, device=trainer.args.device).clamp(min=1)
+        weight = len(batches) * self.topology.data / labels.double()
+        return self.driver.train_batch(_pieces(batches, weight)).detach()
+
+    def drop_step(self) -> None:
+        """DeepSpeed has left weights and optimizer as they were, on every rank; the schedule goes on all the same."""
+        self.driver.optimizer.overflow = False
+
+    def evaluate(
+        self,
+        batches: EvaluationBatches,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over all labels of all data ranks."""
+        trainer = self.trainer
+        check_prediction(batches, trainer.args.prediction_loss_only or prediction_loss_only)
+        if self.driver is None:
+            Trainer._prepare_for_training(trainer, trainer.args.max_steps, None, None)
+        trainer.callback_handler.eval_dataloader = batches
+        self.driver.reset_activation_shape()  # batches of evaluation may be larger or smaller than those of training
+        total, labels = self._sums(batches)
+        self.driver.reset_activation_shape()
+        self.driver.train()
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": total / max(labels, 1)},
+            num_samples=trainer.num_examples(batches),
+        )
+
+    def _sums(self, batches: EvaluationBatches) -> tuple[float, int]:
+        """Summed loss and labels of all data ranks. As many batches at once as there are stages keep all of them busy."""
+        trainer, total = self.trainer, 0.0
+        labels = torch.zeros((), dtype=torch.long, device=trainer.args.device)
+        for group in _in_groups(batches, self.topology.pipeline):
+            group = [trainer._prepare_inputs(batch) for batch in group]
+            one = torch.ones((), dtype=torch.double, device=trainer.args.device)
+            mean = self.driver.eval_batch(_pieces(group, one), num_micro_batches=len(group))
+            total += float(mean) * len(group) * self.topology.data
+            labels += sum((_next_tokens(batch) != IGNORE_INDEX).sum() for batch in group)
+            for _ in group:
+                trainer.control = trainer.callback_handler.on_prediction_step(
+                    trainer.args, trainer.state, trainer.control
+                )
+        if self.topology.data > 1:
+            dist.all_reduce(labels, group=self.topology.groups.data)
+        return total, int(labels)
+
+    def save_boxes(self, writer: CheckpointWriter) -> None:
+        write_optimizer(writer, self.driver.optimizer, hf_names(self.trainer.model))
+
+    def load_boxes(self, checkpoint: Checkpoint) -> None:
+        load_optimizer(self.driver.optimizer, hf_names(self.trainer.model), checkpoint)
+
+    def _compile_layers(self) -> None:
+        """Compile each layer where the run compiles; a pipeline's schedule is no graph."""
+        plugin = self.trainer.accelerator.state.dynamo_plugin
+        if plugin.backend == DynamoBackend.NO:
+            return
+        kwargs = plugin.to_kwargs()
+        plugin.backend = DynamoBackend.NO  # Accelerate would have DeepSpeed compile the stage as a whole
+        for layer in self.stage.layers:
+            layer.compile(**kwargs)
+
+
+def _pieces(batches: Sequence[dict[str, Tensor]], weight: Tensor) -> Iterator[Piece]:
+    for batch in batches:
+        positions = batch.get("position_ids")
+        tokens = batch["input_ids"]
+        yield (tokens if positions is None else (tokens, positions)), (_next_tokens(batch), weight.float())
+
+
+def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """The next token at each position [B, S]; batches of other collators have labels that are not moved on by one."""
+    if "shift_labels" in batch:
+        return batch["shift_labels"]
+    return F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
+def _in_groups(batches: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:
+    remaining = iter(batches)
+    while group := list(islice(remaining, size)):
+        yield group
