@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from neox_hf.data.documents import Document
+from neox_hf.data.word_encoding import word_encoder
 from neox_hf.errors import DataError
 
 # Longer texts are tokenized in pieces, cut after a line or a word: a tokenizer needs some 100 bytes a token while it
@@ -23,6 +24,7 @@ class DocumentEncoder:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-document token; set its eos_token")
         self._tokenizer = plain_copy(tokenizer)
+        self._words = word_encoder(self._tokenizer)
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self.end_of_document = int(tokenizer.eos_token_id)
         if self.end_of_document >= self.vocab_size:
@@ -36,21 +38,26 @@ class DocumentEncoder:
 
         Raises DataError for an id that the model has no row for, with the document's place.
         """
-        short = [document.text for document in documents if len(document.text) <= PIECE_CHARACTERS]
-        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        short = iter(self._ids([document.text for document in documents if len(document.text) <= PIECE_CHARACTERS]))
         arrays, lengths = [], []
         end = np.array([self.end_of_document], np.int32)
         for document in documents:
             is_short = len(document.text) <= PIECE_CHARACTERS
-            ids = np.array(next(encodings).ids, np.int32) if is_short else self._encode_long(document.text)
+            ids = next(short) if is_short else np.concatenate([*self._ids_of_pieces(document.text)])
             self.check(ids, document)
             arrays += [ids, end]
             lengths.append(len(ids) + 1)
         return np.concatenate(arrays), lengths
 
-    def _encode_long(self, text: str) -> np.ndarray:
-        pieces = (self._tokenizer.encode_batch_fast([piece], add_special_tokens=False) for piece in text_pieces(text))
-        return np.concatenate([np.array(piece[0].ids, np.int32) for piece in pieces])
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Of each text: word by word, or from the tokenizer, in one call, where that cannot be."""
+        by_words = [None if self._words is None else self._words.encode(text) for text in texts]
+        others = [text for text, ids in zip(texts, by_words, strict=True) if ids is None]
+        encodings = iter(self._tokenizer.encode_batch_fast(others, add_special_tokens=False))
+        return [np.array(next(encodings).ids, np.int32) if ids is None else ids for ids in by_words]
+
+    def _ids_of_pieces(self, text: str) -> Iterator[np.ndarray]:
+        return (self._ids([piece])[0] for piece in text_pieces(text))
 
     def check(self, ids: np.ndarray, document: Document) -> None:
         """Raises DataError for an id outside [0, vocab_size), which an embedding would meet far from here."""
