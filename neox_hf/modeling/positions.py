@@ -1,5 +1,7 @@
 """Positions: the angles of the rotary embedding."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -37,6 +39,15 @@ class GPTNeoXRotaryEmbedding(nn.Module):
         rotated = int(config.head_size * config.rotary_pct)
         exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
         return 1.0 / (config.rotary_emb_base**exponents), 1.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPTNeoXRotaryEmbedding":
+        """Moves the frequencies, and leaves them fp32 when the model is cast: rounded, they are other positions."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
 
     @torch.no_grad()
     @dynamic_rope_update

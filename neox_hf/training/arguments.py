@@ -69,6 +69,11 @@ class NeoXTrainingArguments(TrainingArguments):
         return "full" if self.activation_checkpointing else "none"
 
     @property
+    def effective_nan_policy(self) -> Literal["raise", "skip"]:
+        """`nan_policy`, but under a dynamic loss scale always to skip: it finds its size by overflowing."""
+        return "skip" if self.numeric.scaled else self.nan_policy
+
+    @property
     def keeps_master(self) -> bool:
         """Whether our optimizer keeps fp32 master weights; under DeepSpeed, DeepSpeed does."""
         return self.numeric.master and not self.deepspeed

@@ -42,8 +42,12 @@ class Engine(Protocol):
 
 def engine_for(trainer: "NeoXTrainer") -> Engine:
     """The engine that runs the trainer's layout."""
-    if not trainer.topology.splits_model:
+    if not trainer.topology.splits_model and not trainer.args.deepspeed:
         return NativeEngine(trainer)
+    if not trainer.topology.splits_model:
+        from neox_hf.training.zero import ZeroEngine  # imports DeepSpeed
+
+        return ZeroEngine(trainer)
     from neox_hf.training.pipeline_engine import PipelineEngine  # imports DeepSpeed
 
     return PipelineEngine(trainer)
