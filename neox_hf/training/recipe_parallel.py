@@ -19,15 +19,6 @@ SHARDABLE = ("adamw_torch_fused", "adamw_torch")
 """Values of `train.optim` whose state DeepSpeed shards and a checkpoint takes apart: each element is updated by itself,
 and the state begins with the first step."""
 
-WHOLE_MODEL_KEYS = {
-    "torch_compile": "compiles the forward pass of a whole model, which no rank runs when the model is split",
-    "torch_compile_backend": "compiles the forward pass of a whole model, which no rank runs when the model is split",
-    "torch_compile_mode": "compiles the forward pass of a whole model, which no rank runs when the model is split",
-    "debug": "watches the forward pass of a whole model, which no rank runs when the model is split",
-    "activation_checkpointing_kwargs": "is for a whole model; when it is split, every block of a stage is recomputed",
-}
-"""Keys of `train:` that tensor and pipeline parallelism cannot follow, each with the reason."""
-
 
 def parallel_problems(
     parallel: ParallelSettings, model: ModelSettings, data: DataSettings, train: Any
@@ -129,9 +120,9 @@ def _deepspeed_problems(train: Any) -> Iterator[Problem]:
 
 
 def _split_problems(train: Any) -> Iterator[Problem]:
-    for key, reason in WHOLE_MODEL_KEYS.items():
-        if changed(train, key):
-            yield Problem(("train", key), getattr(train, key), f"{reason}; remove it")
+    if train.debug:
+        message = "watches the forward pass of a whole model, which no rank runs when the model is split; remove it"
+        yield Problem(("train", "debug"), train.debug, message)
     if not train.average_tokens_across_devices:
         message = (
             "cannot be switched off with tensor or pipeline parallelism, which averages over all labels; remove it"
