@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
@@ -22,6 +23,7 @@ from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_opti
 from neox_hf.data import EvaluationBatches
 from neox_hf.kernels import IGNORE_INDEX
 from neox_hf.modeling.stage import Stage
+from neox_hf.training import loss_scale
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
 
@@ -47,6 +49,7 @@ class PipelineEngine:
         """DeepSpeed's engine around this rank's stage; `model` stays what configuration and names are asked of."""
         trainer = self.trainer
         self._compile_layers()
+        deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
         module = StageModule(self.stage, self.topology)
         self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
         return self.driver
@@ -96,7 +99,7 @@ class PipelineEngine:
         )
 
     def _sums(self, batches: EvaluationBatches) -> tuple[float, int]:
-        """Summed loss and labels of all data ranks. As many batches at once as there are stages keep all of them busy."""
+        """Summed loss and labels of all data ranks. As many batches at once as there are stages keep all at work."""
         trainer, total = self.trainer, 0.0
         labels = torch.zeros((), dtype=torch.long, device=trainer.args.device)
         for group in _in_groups(batches, self.topology.pipeline):
@@ -115,9 +118,11 @@ class PipelineEngine:
 
     def save_boxes(self, writer: CheckpointWriter) -> None:
         write_optimizer(writer, self.driver.optimizer, hf_names(self.trainer.model))
+        loss_scale.write(writer, self.driver.optimizer)
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:
         load_optimizer(self.driver.optimizer, hf_names(self.trainer.model), checkpoint)
+        loss_scale.load(checkpoint, self.driver.optimizer)
 
     def _compile_layers(self) -> None:
         """Compile each layer where the run compiles; a pipeline's schedule is no graph."""

@@ -2,22 +2,21 @@
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from neox_hf.checkpoint import OutputLock
 from neox_hf.checkpoint.directory import finished_checkpoints, recover
 from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.data import TokenStream, build_tokenizer, evaluation_batches
-from neox_hf.errors import CheckpointError, DataError, DivergenceError, RecipeError
-from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
-from neox_hf.modeling.settings import ModelSettings, model_config
+from neox_hf.data.bad_rows import without_copies
+from neox_hf.errors import CheckpointError, DataError, DivergenceError
 from neox_hf.parallel.collectives import first_rank_first, from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.first_model import first_model
 from neox_hf.training.provenance import run_documents
 from neox_hf.training.recipe import Recipe
 from neox_hf.training.report import finish_run
@@ -38,7 +37,7 @@ def pretrain(recipe: Recipe) -> int:
     """
     disable_progress_bar()  # of writing shards; training's own is HF's callback
     args = recipe.training_arguments()
-    topology = Topology.from_world(args.world_size, args.process_index)
+    topology = recipe.topology(args.world_size, args.process_index).connect()
     with ExitStack() as held:
         _take_output_dir(args, topology, held)
         trainer = build_trainer(recipe, args, topology)
@@ -69,8 +68,12 @@ def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topolog
     tokenizer = first_rank_first(
         topology, lambda: build_tokenizer(recipe.tokenizer, recipe.data, output_dir / "tokenizer")
     )
-    set_seed(args.seed)
-    model = build_model(recipe.model, tokenizer, recipe.data.seq_length, args.device)
+    sizes = {"seq_length": recipe.data.seq_length, "partition": recipe.parallel.partition}
+    model = first_model(recipe.model, tokenizer, args, topology, **sizes)
+    # A replica's ranks read the same rows; one of them tells of the bad ones.
+    data = (
+        recipe.data if topology.heads_replica else replace(recipe.data, bad_rows=without_copies(recipe.data.bad_rows))
+    )
     place = {
         "data_rank": topology.data_rank,
         "data_size": topology.data,
@@ -85,43 +88,14 @@ def build_trainer(recipe: Recipe, args: NeoXTrainingArguments, topology: Topolog
         model,
         args,
         topology=topology,
-        train_dataset=TokenStream(recipe.data, tokenizer, split="train", **place),
-        eval_dataset=evaluation_batches(recipe.data, tokenizer, **evaluation) if evaluates else None,
+        train_dataset=TokenStream(data, tokenizer, split="train", **place),
+        eval_dataset=evaluation_batches(data, tokenizer, **evaluation) if evaluates else None,
         processing_class=tokenizer,
         workers=recipe.data.workers,
         publisher=publisher,
         locked=True,
         documents=run_documents(recipe.resolved()),
     )
-
-
-def build_model(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seq_length: int, device: torch.device
-) -> GPTNeoXForCausalLM:
-    """Fresh weights, drawn on `device`, or released ones."""
-    if settings.pretrained is not None:
-        return load_released(settings)
-    config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    with torch.device(device):
-        return GPTNeoXForCausalLM(config)
-
-
-def load_released(settings: ModelSettings) -> GPTNeoXForCausalLM:
-    """Released weights in fp32.
-
-    Raises:
-        RecipeError: there are none under that name and revision, or they cannot be read.
-    """
-    revision = settings.revision or "main"
-    try:
-        return GPTNeoXForCausalLM.from_pretrained(
-            settings.pretrained, revision=revision, dtype=torch.float32, **settings.config_fields()
-        )
-    except OSError as error:
-        raise RecipeError(
-            f"model.pretrained={settings.pretrained!r} at {revision!r} cannot be loaded: {error}"
-        ) from error
 
 
 def _take_output_dir(args: NeoXTrainingArguments, topology: Topology, held: ExitStack) -> None:

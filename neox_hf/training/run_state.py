@@ -101,12 +101,14 @@ class RunState:
         trainer = self.trainer
         if trainer.loader is None:
             return None
-        mine = trainer.loader.state_dict()
-        if trainer.topology.world_size == 1:
+        topology = trainer.topology
+        mine = trainer.loader.state_dict() if topology.heads_replica else None
+        if topology.world_size == 1:
             return merge_states([mine])
-        states: list[Any] = [None] * trainer.topology.world_size
+        states: list[Any] = [None] * topology.world_size
         dist.all_gather_object(states, mine)
-        return merge_states(states) if trainer.topology.rank == 0 else None
+        replicas = [state for state in states if state is not None]  # the ranks of one all stand at the same place
+        return merge_states(replicas) if topology.rank == 0 else None
 
     def _note_best(self) -> None:
         """HF decides which step was best; its checkpoint's path is known only where checkpoints are made."""

@@ -22,6 +22,7 @@ from neox_hf.checkpoint import Checkpoint, OutputLock, open_checkpoint, write_fi
 from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.modeling.accounting import flops_per_token
+from neox_hf.modeling.recompute import recompute_kwargs
 from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
@@ -33,6 +34,7 @@ from neox_hf.training.resume import checkpoint_to_resume
 from neox_hf.training.run_state import RunState
 from neox_hf.training.save_schedule import SaveSchedule, is_scheduled
 from neox_hf.training.schedules import learning_rate
+from neox_hf.training.seeding import seed_process
 from neox_hf.training.signals import StopRequest
 from neox_hf.training.throughput import Throughput, sustained_matmul_tflops
 
@@ -85,8 +87,9 @@ class NeoXTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
+        seed_process(args.seed, self.topology)
         self.engine = engine_for(self)
-        self.guard = GradientGuard(args.nan_policy, args.max_skipped_steps)
+        self.guard = GradientGuard(args.effective_nan_policy, args.max_skipped_steps)
         self.run_state = RunState(self, documents or {})
         self.add_callback(SaveSchedule(args.save_schedule))
         self.add_callback(_StepWatch(self))
@@ -151,8 +154,7 @@ class NeoXTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # A loss scale that was too large makes a gradient infinite, and is then halved: that is no divergence.
-        if not self.args.numeric.scaled and self.guard.must_skip(self.state.global_step + 1, norm):
+        if self.guard.must_skip(self.state.global_step + 1, norm):
             self.engine.drop_step()
         return norm
 
@@ -219,8 +221,8 @@ class NeoXTrainer(Trainer):
         """Rows that all ranks have dropped so far, by class. Every rank calls it."""
         if self.loader is None or self.loader.stream.settings.bad_rows == "error":
             return Counter()
-        mine = Counter(self.loader.bad_rows)
-        if isinstance(self.eval_dataset, EvaluationBatches):
+        mine = Counter(self.loader.bad_rows) if self.topology.heads_replica else Counter()
+        if self.topology.heads_replica and isinstance(self.eval_dataset, EvaluationBatches):
             mine.update(self.eval_dataset.bad_rows)
         return sum(gather_object([mine]), Counter())
 
@@ -279,6 +281,8 @@ class NeoXTrainer(Trainer):
         return epochs, 0
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+        if self.args.recompute == "selective":
+            self.model.activation_checkpointing_enable(recompute_kwargs("selective"))  # HF has switched on full blocks
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
             # Before DeepSpeed takes them: it would look for weights in a directory of its own making.
             self._load_from_checkpoint(resume_from_checkpoint)

@@ -1,0 +1,76 @@
+"""The model that a run begins with, as far as this rank holds it: fresh weights, or released ones."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from neox_hf.errors import RecipeError
+from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
+from neox_hf.modeling.configuration import GPTNeoXConfig
+from neox_hf.modeling.fresh_weights import draw_weights
+from neox_hf.modeling.partition import Partition, stage_bounds
+from neox_hf.modeling.settings import ModelSettings, model_config
+from neox_hf.modeling.stage import Stage
+from neox_hf.parallel.topology import Topology
+from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.precision import cast_weights
+
+
+def first_model(
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    args: NeoXTrainingArguments,
+    topology: Topology,
+    *,
+    seq_length: int,
+    partition: Partition = "parameters",
+) -> GPTNeoXForCausalLM:
+    """The model that `settings` describes, in the precision and on the device of `args`.
+
+    Raises:
+        RecipeError: the tokenizer does not fit, or released weights cannot be read.
+        TopologyError: the model cannot be split as `topology` and `partition` say.
+    """
+    if settings.pretrained is not None:
+        return load_released(settings)
+    config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    model = empty_model(config, topology, args.numeric.weights)
+    if args.deepspeed and args.deepspeed["zero_optimization"]["stage"] == 3:
+        from neox_hf.training.zero import draw_partitioned  # imports DeepSpeed
+
+        draw_partitioned(model, args.seed, args.device, args.deepspeed)
+    else:
+        draw_weights(model, args.seed, args.device, local_modules(model, topology, partition))
+    return model
+
+
+def empty_model(config: GPTNeoXConfig, topology: Topology, dtype: torch.dtype = torch.float32) -> GPTNeoXForCausalLM:
+    """The model on `meta`: names, shapes of this rank's shards, no memory."""
+    with torch.device("meta"):
+        return cast_weights(GPTNeoXForCausalLM(config), dtype)
+
+
+def local_modules(model: GPTNeoXForCausalLM, topology: Topology, partition: Partition) -> list[nn.Module]:
+    """What this rank runs of the model, and so must have in memory."""
+    bounds = stage_bounds(model.config, topology.pipeline, partition)
+    return Stage.of_rank(model, topology, bounds).local_modules if topology.pipeline > 1 else [model]
+
+
+def load_released(settings: ModelSettings) -> GPTNeoXForCausalLM:
+    """Released weights in fp32.
+
+    Raises:
+        RecipeError: there are none under that name and revision, or they cannot be read.
+    """
+    revision = settings.revision or "main"
+    try:
+        return GPTNeoXForCausalLM.from_pretrained(
+            settings.pretrained, revision=revision, dtype=torch.float32, **settings.config_fields()
+        )
+    except OSError as error:
+        raise RecipeError(
+            f"model.pretrained={settings.pretrained!r} at {revision!r} cannot be loaded: {error}"
+        ) from error
