@@ -67,10 +67,12 @@ def test_gradcheck_in_double_precision(chunk):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [0.1, 4.0, 12.0])
-def test_half_precision_is_no_further_from_the_truth_than_torch(dtype, spread):
-    hidden, weight, labels = inputs(dtype, tokens=300, vocabulary=101, spread=spread)
-    found = with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=64)
-    stock = with_gradients(on_whole_logits, hidden, weight, labels)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_half_precision_is_no_further_from_the_truth_than_torch(dtype, spread, device):
+    data = [x.to(device) for x in inputs(dtype, tokens=300, vocabulary=101, spread=spread)]
+    hidden, weight, labels = data
+    found = with_gradients(linear_cross_entropy, *data, chunk=64)
+    stock = with_gradients(on_whole_logits, *data)
     truth = with_gradients(on_whole_logits, hidden.double(), weight.double(), labels)
     assert found[0].dtype == torch.float32
     assert [x.dtype for x in found[1:]] == [dtype, dtype]
@@ -194,6 +196,15 @@ def test_nothing_is_larger_than_a_chunk_of_logits_and_no_product_runs_twice():
         with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=128)
     assert largest.elements == 128 * 640
     assert largest.products == 3 * 4
+
+
+@pytest.mark.gpu
+def test_memory_on_a_cuda_device():
+    hidden, weight, labels = (x.cuda() for x in inputs(torch.bfloat16, tokens=8192, vocabulary=50304))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels).backward()
+    assert torch.cuda.max_memory_allocated() - before < 11 * LOGITS_AT_ONCE + 10 * weight.numel()
 
 
 def test_no_logits_are_kept_for_the_backward_pass():

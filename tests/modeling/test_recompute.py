@@ -99,6 +99,20 @@ def test_every_other_layer(make_model, mode):
     assert [layer.gradient_checkpointing for layer in model.gpt_neox.layers] == [True, False]
 
 
+def test_selective_compiles_in_one_graph(make_model, tokens):
+    model = make_model().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable(recompute_kwargs("selective"))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+    torch._dynamo.reset()
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
 def test_without_recomputation_there_are_no_arguments():
     assert recompute_kwargs("none") is None
 
