@@ -61,6 +61,11 @@ class Stage(nn.Module):
         # The rotary frequencies are not registered with the stage: who casts the stage must leave them in fp32.
         return [self, self.model.gpt_neox.rotary_emb]
 
+    def train(self, mode: bool = True) -> "Stage":
+        """Training mode for the model too: it is asked how to run the layers, and no submodule here."""
+        self.model.train(mode)
+        return super().train(mode)
+
     def forward(self, received: Between) -> Between:
         """The next stage's input, or hidden states that are ready for the head."""
         received, *positions = received if isinstance(received, tuple) else (received,)
