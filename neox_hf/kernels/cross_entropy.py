@@ -43,14 +43,30 @@ def cross_entropy(
     Raises:
         ValueError: neither kind of labels was given.
     """
-    if shift_labels is None:
-        if labels is None:
-            raise ValueError("cross_entropy needs labels or shift_labels; found neither")
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    next_labels = shift_labels.to(logits.device).reshape(-1)
+    next_labels = labels_of_next_tokens(labels, shift_labels, ignore_index).to(logits.device).reshape(-1)
     total = CROSS_ENTROPY.choose(backend, logits.device)(
         logits.reshape(-1, logits.shape[-1]), next_labels, ignore_index
     )
+    return mean_over_labels(total, next_labels, num_items_in_batch, ignore_index)
+
+
+def labels_of_next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """The label of each position's next token [B, S].
+
+    Raises:
+        ValueError: neither kind of labels was given.
+    """
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        raise ValueError("cross_entropy needs labels or shift_labels; found neither")
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def mean_over_labels(
+    total: Tensor, next_labels: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int
+) -> Tensor:
+    """`total`, a sum of losses, over the number of labels: those of the step where given, else those seen here."""
     if num_items_in_batch is None:
         num_items_in_batch = (next_labels != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):

@@ -1,6 +1,6 @@
-"""The one sum that closes a parallel residual block.
+"""The one sum that closes a residual block.
 
-    y = x + attention + mlp
+    y = x + first [+ second]
 
 Shapes: all [..., H]; returns [..., H].
 Source: GPT-J and GPT-NeoX-20B (arXiv 2204.06745), section 2.1.
@@ -11,14 +11,14 @@ from torch import Tensor
 from neox_hf.kernels.dispatch import Op
 
 
-def residual_add_reference(x: Tensor, attention: Tensor, mlp: Tensor) -> Tensor:
+def residual_add_reference(x: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
     """The two small branches first: their sum rounds less than x's would."""
-    return mlp + attention + x
+    return first + x if second is None else second + first + x
 
 
 RESIDUAL_ADD = Op("residual_add", torch=residual_add_reference)
 
 
-def residual_add(x: Tensor, attention: Tensor, mlp: Tensor, *, backend: str = "auto") -> Tensor:
-    """Add both branches [..., H] to the residual stream x [..., H]."""
-    return RESIDUAL_ADD.choose(backend, x.device)(x, attention, mlp)
+def residual_add(x: Tensor, first: Tensor, second: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Add one branch [..., H], or two (attention and MLP of a parallel block), to the residual stream x [..., H]."""
+    return RESIDUAL_ADD.choose(backend, x.device)(x, first, second)

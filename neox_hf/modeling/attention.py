@@ -1,6 +1,7 @@
 """Causal self-attention with a fused projection and partial rotary positions.
 
-Shapes: B batch, S sequence, H hidden, N heads, D = H / N head size, R <= D rotated width.
+Shapes: B batch, S sequence, H hidden, N heads of this rank (all, unless the model is split), D head size, R <= D
+rotated width.
 """
 
 from typing import Any
@@ -14,15 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from neox_hf.kernels import rotary
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
+from neox_hf.parallel import ALONE, TensorRegion, column_linear, row_linear
 
 
 class GPTNeoXAttention(nn.Module):
     """softmax(q k^T / sqrt D) v for each head, through whichever attention implementation the configuration names.
 
-    `query_key_value` is [3H, H], its rows ordered [N, 3, D]: whole heads are contiguous.
+    `query_key_value` is [3H, H], its rows ordered [N, 3, D]: whole heads are contiguous, and may be split over ranks.
     """
 
-    def __init__(self, config: GPTNeoXConfig, layer_idx: int) -> None:
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int, region: TensorRegion = ALONE) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -30,8 +32,11 @@ class GPTNeoXAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.scaling = self.head_size**-0.5
         self.is_causal = True
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.dense = output_layer(nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias))
+        self.region = region
+        region.share(config.num_attention_heads, "num_attention_heads")
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.query_key_value = column_linear(hidden, 3 * hidden, region, bias=bias)
+        self.dense = output_layer(row_linear(hidden, hidden, region, bias=bias))
 
     def forward(
         self,
@@ -42,24 +47,20 @@ class GPTNeoXAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, S, H] -> ([B, S, H], weights [B, N, S, keys] or None where the implementation has none)."""
-        batch_shape = hidden_states.shape[:-1]
-        qkv = self.query_key_value(hidden_states).view(*batch_shape, -1, 3, self.head_size)
+        fused = self.query_key_value(hidden_states)
+        batch_shape = fused.shape[:-1]
+        qkv = fused.view(*batch_shape, -1, 3, self.head_size)
         cos, sin = position_embeddings
         query, key, value = rotary(qkv, cos, sin, backend=self.config.kernels)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         # Looked up in every pass: `set_attn_implementation` may change it between two.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        with self.region.own_random(query.device, dropout):
+            output, weights = attend(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+            )
         return self.dense(output.reshape(*batch_shape, -1)), weights
 
 

@@ -11,23 +11,31 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from neox_hf.kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy
+from neox_hf.kernels.cross_entropy import labels_of_next_tokens, mean_over_labels
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
+from neox_hf.parallel import TensorRegion, Topology, vocabulary_head
 
 
 class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
-    """A language-model head [V, H] on `GPTNeoXModel`. On disk the head is `embed_out.weight`."""
+    """A language-model head [V, H] on `GPTNeoXModel`. On disk the head is `embed_out.weight`.
+
+    topology: see `GPTNeoXModel`. Every rank of a tensor group is called with the same batch, in lockstep, and gets the
+    same logits or loss, so `generate` works on all of them at once, given equal seeds.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "gpt_neox.embed_in.weight"}  # noqa: RUF012 - transformers wants plain dicts
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
-    def __init__(self, config: GPTNeoXConfig) -> None:
+    def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
         super().__init__(config)
-        self.gpt_neox = GPTNeoXModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_function = partial(causal_lm_loss, kernels=config.kernels)
+        self.region = TensorRegion.of(topology)
+        self.gpt_neox = GPTNeoXModel(config, topology)
+        self.lm_head = vocabulary_head(config.hidden_size, config.vocab_size, self.region)
+        self._own_loss = partial(causal_lm_loss, kernels=config.kernels)
+        self.loss_function = self._own_loss
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -39,11 +47,42 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     def summed_loss(self, hidden_states: Tensor, next_tokens: Tensor) -> Tensor:
         """Sum of the losses of next tokens int64 [B, S], -100 for none, given what `finish` returns [B, S, H].
 
-        fp32; logits are never whole.
+        fp32, the same on every rank of a tensor group; logits are never whole.
         """
         return linear_cross_entropy(
-            hidden_states.flatten(0, 1), self.lm_head.weight, next_tokens.flatten(), backend=self.config.kernels
+            hidden_states.flatten(0, 1),
+            self.lm_head.weight,
+            next_tokens.flatten(),
+            backend=self.config.kernels,
+            **self.words_of_this_rank(),
         )
+
+    def words_of_this_rank(self) -> dict[str, Any]:
+        """How `linear_cross_entropy` has to read the head where its vocabulary is split."""
+        region = self.region
+        if region.size == 1:
+            return {}
+        shard = self.lm_head.shard
+        return {
+            "first_row": shard.start,
+            "rows": shard.length,
+            "all_max": region.all_max_,
+            "all_sum": region.all_sum_,
+        }
+
+    def loss_without_logits(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The loss of `causal_lm_loss`, from what `finish` returns [B, S, H]."""
+        next_tokens = labels_of_next_tokens(labels, shift_labels, IGNORE_INDEX).to(hidden_states.device)
+        total = self.summed_loss(hidden_states, next_tokens)
+        return mean_over_labels(total, next_tokens, num_items_in_batch, IGNORE_INDEX)
 
     @can_return_tuple
     def forward(
@@ -58,7 +97,8 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
-        """Logits [B, S, V] and, with labels, the mean loss.
+        """Logits [B, S, V] and, with labels, the mean loss. A split vocabulary has no logits where there are labels,
+        unless the loss has been replaced.
 
         labels int64 [B, S]: the tokens themselves, shifted here; -100 counts for nothing. `shift_labels` among kwargs
         are the next tokens already and win. `num_items_in_batch` divides the summed loss where a step has more than
@@ -74,9 +114,13 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
+        if wants_loss and self.region.size > 1 and self.loss_function is self._own_loss:
+            loss = self.loss_without_logits(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if wants_loss and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # transformers' wrappers leave alone what a checkpoint has filled already.
 from transformers import initialization as guarded
 
+from neox_hf.parallel import Sharded
+
 if TYPE_CHECKING:
     from neox_hf.modeling.configuration import GPTNeoXConfig
 
@@ -70,5 +72,8 @@ def weight_draw(module: nn.Linear | nn.Embedding, config: "GPTNeoXConfig") -> Dr
 def initialize_matrix(module: nn.Linear | nn.Embedding, config: "GPTNeoXConfig") -> None:
     """Draw the weight by its method; a bias starts at zero."""
     weight_draw(module, config)(module.weight)
+    if isinstance(module, Sharded):
+        shard = module.shards()["weight"]
+        shard.padding(module.weight).zero_()
     if getattr(module, "bias", None) is not None:
         guarded.zeros_(module.bias)

@@ -11,6 +11,7 @@ from neox_hf.modeling.attention import GPTNeoXAttention
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GPTNeoXMLP
 from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize_twice
+from neox_hf.parallel import ALONE, TensorRegion, enter
 
 
 class GPTNeoXLayer(GradientCheckpointingLayer):
@@ -20,18 +21,23 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
     sequential:  y = x + attention(norm1(x));  y + mlp(norm2(y))
 
     The two norms of the parallel form are separate on purpose: the released weights were trained with two.
+
+    Where a tensor group splits the block, each branch enters its region before the norms and leaves it as a partial sum
+    behind the dropout; the parallel form leaves once, with both. With sequence parallelism x is this rank's part of the
+    sequence.
     """
 
-    def __init__(self, config: GPTNeoXConfig, layer_idx: int) -> None:
+    def __init__(self, config: GPTNeoXConfig, layer_idx: int, region: TensorRegion = ALONE) -> None:
         super().__init__()
+        self.region = region
         self.kernels = config.kernels
         self.use_parallel_residual = config.use_parallel_residual
-        self.input_layernorm = GPTNeoXLayerNorm(config)
-        self.post_attention_layernorm = GPTNeoXLayerNorm(config)
+        self.input_layernorm = GPTNeoXLayerNorm(config, region)
+        self.post_attention_layernorm = GPTNeoXLayerNorm(config, region)
         self.post_attention_dropout = nn.Dropout(config.hidden_dropout)
         self.post_mlp_dropout = nn.Dropout(config.hidden_dropout)
-        self.attention = GPTNeoXAttention(config, layer_idx)
-        self.mlp = GPTNeoXMLP(config)
+        self.attention = GPTNeoXAttention(config, layer_idx, region)
+        self.mlp = GPTNeoXMLP(config, region)
 
     def forward(
         self,
@@ -48,12 +54,17 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
             "layer_past": layer_past,
             **kwargs,
         }
+        region = self.region.in_mode(self.training)
         if self.use_parallel_residual:
-            for_attention, for_mlp = normalize_twice(self.input_layernorm, self.post_attention_layernorm, hidden_states)
+            entered = enter(hidden_states, region, self.attention, self.mlp)
+            for_attention, for_mlp = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
             attended = self.post_attention_dropout(self.attention(for_attention, **seen)[0])
             transformed = self.post_mlp_dropout(self.mlp(for_mlp))
-            return residual_add(hidden_states, attended, transformed, backend=self.kernels)
+            return residual_add(hidden_states, *region.leave_together(attended, transformed), backend=self.kernels)
 
-        attended = self.post_attention_dropout(self.attention(self.input_layernorm(hidden_states), **seen)[0])
-        hidden_states = attended + hidden_states
-        return self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states))) + hidden_states
+        entered = enter(hidden_states, region, self.attention)
+        attended = self.post_attention_dropout(self.attention(self.input_layernorm(entered), **seen)[0])
+        hidden_states = residual_add(hidden_states, region.leave(attended), backend=self.kernels)
+        entered = enter(hidden_states, region, self.mlp)
+        transformed = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(entered)))
+        return residual_add(hidden_states, region.leave(transformed), backend=self.kernels)

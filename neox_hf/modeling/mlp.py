@@ -6,18 +6,20 @@ from transformers.activations import ACT2FN
 from neox_hf.kernels import bias_gelu
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
+from neox_hf.parallel import ALONE, TensorRegion, column_linear, row_linear
 
 # transformers' names of the two forms of GELU. `gelu_fast` is GPT-NeoX-20B's.
 GELU_FORMS = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 class GPTNeoXMLP(nn.Module):
-    """dense_4h_to_h(activation(dense_h_to_4h(x))), H -> F -> H."""
+    """dense_4h_to_h(activation(dense_h_to_4h(x))), H -> F -> H. Each rank of the region computes some of the F."""
 
-    def __init__(self, config: GPTNeoXConfig) -> None:
+    def __init__(self, config: GPTNeoXConfig, region: TensorRegion = ALONE) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = output_layer(nn.Linear(config.intermediate_size, config.hidden_size))
+        region.share(config.intermediate_size, "intermediate_size")
+        self.dense_h_to_4h = column_linear(config.hidden_size, config.intermediate_size, region)
+        self.dense_4h_to_h = output_layer(row_linear(config.intermediate_size, config.hidden_size, region))
         self.act = activation(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

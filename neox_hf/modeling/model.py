@@ -20,6 +20,7 @@ from neox_hf.modeling.layer import GPTNeoXLayer
 from neox_hf.modeling.masks import causal_mask, flash_documents
 from neox_hf.modeling.norms import GPTNeoXLayerNorm
 from neox_hf.modeling.positions import GPTNeoXRotaryEmbedding
+from neox_hf.parallel import TensorRegion, Topology, vocabulary_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +63,26 @@ class GPTNeoXPreTrainedModel(PreTrainedModel):
 
 
 class GPTNeoXModel(GPTNeoXPreTrainedModel):
-    """Token ids [B, S] to hidden states [B, S, H]."""
+    """Token ids [B, S] to hidden states [B, S, H].
 
-    def __init__(self, config: GPTNeoXConfig) -> None:
+    topology: the tensor group that shares each layer; None is a process alone. Names of parameters do not depend on it,
+    their shapes do (`neox_hf.parallel.shards_of`). Weights of a split model come from a checkpoint or from
+    `draw_weights`: what its constructor draws is not a part of what the whole model's would.
+
+    `forward` is `embed`, `run_layers`, `finish`. Between them hidden states are [B, S, H], replicated in the tensor
+    group; but with `topology.sequence` and in training mode each rank has its part of the sequence, [B, S / tensor, H].
+
+    Raises:
+        TopologyError: the heads or intermediate_size do not divide by the tensor size.
+    """
+
+    def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
         super().__init__(config)
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.region = region = TensorRegion.of(topology)
+        self.embed_in = vocabulary_embedding(config.vocab_size, config.hidden_size, region)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList([GPTNeoXLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.final_layer_norm = GPTNeoXLayerNorm(config)
+        self.layers = nn.ModuleList([GPTNeoXLayer(config, index, region) for index in range(config.num_hidden_layers)])
+        self.final_layer_norm = GPTNeoXLayerNorm(config, region)
         self.rotary_emb = GPTNeoXRotaryEmbedding(config)
         self.gradient_checkpointing = False
         logger.info(describe_choice(OPS, config.kernels))
@@ -119,8 +132,15 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
     # The parts of a forward pass, which pipeline stages call one by one.
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """What the first layer reads [B, S, H], of token ids [B, S] or of embeddings that were looked up already."""
-        return self.emb_dropout(self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds)
+        """What the first layer reads [B, S, H], of token ids [B, S] or of embeddings that were looked up already.
+
+        Raises:
+            TopologyError: under sequence parallelism S does not divide by the tensor size.
+        """
+        region = self.region.in_mode(self.training)
+        embedded = self.embed_in(input_ids) if inputs_embeds is None else region.scatter_sequence(inputs_embeds)
+        with region.residual_random(embedded.device, self.emb_dropout.p):
+            return self.emb_dropout(embedded)
 
     def run_layers(
         self,
@@ -134,14 +154,14 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         **kwargs: Any,
     ) -> tuple[Tensor, Cache | None]:
         """Hidden states [B, S, H] after `layers`, and the cache. Arguments as for `forward`."""
+        # Masks and angles, made once for all layers, read no values of it.
+        whole = self.region.in_mode(self.training).with_whole_sequence(hidden_states)
         # From what the caller gave: a cache made below is empty and changes no mask.
-        mask = causal_mask(self.config, hidden_states, attention_mask, position_ids, past_key_values)
-        documents = flash_documents(self.config, hidden_states, attention_mask, position_ids, past_key_values)
+        mask = causal_mask(self.config, whole, attention_mask, position_ids, past_key_values)
+        documents = flash_documents(self.config, whole, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        position_embeddings = self.rotary_emb(
-            hidden_states, positions_or_default(position_ids, hidden_states, past_key_values)
-        )
+        position_embeddings = self.rotary_emb(whole, positions_or_default(position_ids, whole, past_key_values))
         for layer in layers:
             hidden_states = layer(
                 hidden_states,
@@ -155,8 +175,12 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         return hidden_states, past_key_values
 
     def finish(self, hidden_states: Tensor) -> Tensor:
-        """What the head reads [B, S, H], of the last layer's hidden states."""
-        return self.final_layer_norm(hidden_states)
+        """What the head reads [B, S, H], the whole sequence on every rank, of the last layer's hidden states.
+
+        It stands in the head's tensor region: what reads it must give partial gradients, as a split head does.
+        """
+        region = self.region.in_mode(self.training)
+        return region.gather_sequence(self.final_layer_norm(region.enter(hidden_states)))
 
 
 def positions_or_default(position_ids: Tensor | None, inputs_embeds: Tensor, past_key_values: Cache | None) -> Tensor:

@@ -10,10 +10,11 @@ from neox_hf.parallel.embedding import (
 from neox_hf.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_linear, enter, row_linear
 from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.parallel.shards import Shard, Sharded, shards_of
-from neox_hf.parallel.tensor_region import TensorRegion
+from neox_hf.parallel.tensor_region import ALONE, TensorRegion
 from neox_hf.parallel.topology import Topology
 
 __all__ = [
+    "ALONE",
     "ColumnParallelLinear",
     "ParallelSettings",
     "RowParallelLinear",

@@ -93,15 +93,14 @@ class RowParallelLinear(nn.Linear, Sharded):
         return {"weight": Shard.of_rank(1, whole, self.region.rank, self.region.size)}
 
 
-def enter(x: Tensor, region: TensorRegion, *columns: nn.Module) -> Tensor:
-    """`region.enter(x)`, whose message in the backward pass travels while the gradients of `columns` are computed.
+def enter(x: Tensor, region: TensorRegion, *branches: nn.Module) -> Tensor:
+    """`region.enter(x)`, whose message in the backward pass travels while weight gradients of `branches` are computed.
 
-    columns: the linears whose inputs are made of x. Those that are no column linear (an adapter has replaced one) keep
-    their gradients to themselves.
+    branches: modules that read x, or what norms made of it, by column linears.
     """
     if region.size == 1 or region.sequence:
         return x
-    return _enter_ahead_of(columns, region, x)
+    return _enter_ahead_of(branches, region, x)
 
 
 class PostponedGradients:
@@ -143,9 +142,8 @@ class _EnterAheadOf(torch.autograd.Function):
     def backward(ctx: Any, partial: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, *wanted = ctx.needs_input_grad[2:]
         # A copy: the incoming gradient may have other readers.
-        message = (
-            start_all_reduce(partial.clone(memory_format=torch.contiguous_format), ctx.region) if wants_x else None
-        )
+        travelling = partial.clone(memory_format=torch.contiguous_format) if wants_x else None
+        message = None if travelling is None else start_all_reduce(travelling, ctx.region)
         gradients: list[Tensor | None] = []
         for index, postponed in enumerate(ctx.postponed):
             gradients += postponed.take((wanted[2 * index], wanted[2 * index + 1]))
@@ -189,8 +187,9 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _enter_ahead_of(columns: tuple[nn.Module, ...], region: TensorRegion, x: Tensor) -> Tensor:
-    postponing = [c for c in columns if isinstance(c, ColumnParallelLinear) and c.weight.requires_grad]
+def _enter_ahead_of(branches: tuple[nn.Module, ...], region: TensorRegion, x: Tensor) -> Tensor:
+    modules = [module for branch in branches for module in branch.modules()]
+    postponing = [m for m in modules if isinstance(m, ColumnParallelLinear) and m.weight.requires_grad]
     postponed = [PostponedGradients() for _ in postponing]
     for column, gradients in zip(postponing, postponed, strict=True):
         column.postpone(gradients)

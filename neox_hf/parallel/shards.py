@@ -37,6 +37,10 @@ class Shard:
         """The part of a tensor of this rank's size that is no padding: a view."""
         return local.narrow(self.dim, 0, self.length)
 
+    def padding(self, local: Tensor) -> Tensor:
+        """The part of a tensor of this rank's size that is nothing but padding: a view."""
+        return local.narrow(self.dim, self.length, local.shape[self.dim] - self.length)
+
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's real part of a whole tensor: a view."""
         return whole.narrow(self.dim, self.offsets[self.dim], self.length)

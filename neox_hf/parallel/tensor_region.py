@@ -127,11 +127,19 @@ class TensorRegion:
             dist.all_reduce(tensor, group=group_of(self))
         return tensor
 
+    def residual_random(self, device: torch.device, probability: float = 1.0) -> AbstractContextManager[None]:
+        """A context for dropout of the residual stream: its masks differ where it is scattered, else they agree."""
+        return self.own_random(device, probability) if self.sequence else nullcontext()
+
     def own_random(self, device: torch.device, probability: float = 1.0) -> AbstractContextManager[None]:
         """A context for dropout of what is split here: masks of the ranks differ. Nothing is drawn at probability 0."""
         if self.size == 1 or probability == 0:
             return nullcontext()
         return own_random(self.rank, self.size, device)
+
+
+ALONE = TensorRegion()
+"""The region of a process that shares no tensor."""
 
 
 class _Enter(torch.autograd.Function):
