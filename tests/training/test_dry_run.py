@@ -34,16 +34,44 @@ def test_the_plan_of_one_process(small):
         "parameters:      149,248 with a vocabulary of 384",
         "tokens per step: 768 = 24 samples x 32 tokens",
         "tokens in total: 768,000 in 1,000 steps",
-        "this world:      1 = 1 data x 1 pipeline x 1 tensor; 2 samples at a time, 12 times a step",
+        "world:           1 = 1 pipeline x 1 data x 1 tensor; 2 samples at a time, 12 times a step",
+        "ZeRO:            stage 0",
         "worlds that fit: 1, 2, 3, 4, 6, 12",
     ]
 
 
 def test_the_plan_of_three_processes(small, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert plan(load_recipe([small]))[3] == (
-        "this world:      3 = 3 data x 1 pipeline x 1 tensor; 2 samples at a time, 4 times a step"
-    )
+    lines = plan(load_recipe([small]))
+    assert lines[3] == "world:           3 = 1 pipeline x 3 data x 1 tensor; 2 samples at a time, 4 times a step"
+    assert lines[5] == "data groups:     1 of 3; the first is 0, 1, 2"
+
+
+def test_the_plan_of_a_split_model(small):
+    """Without a launcher it is the plan of the smallest world that fits."""
+    recipe = load_recipe([small], overrides=["parallel={tensor: 2, pipeline: 2, offload: optimizer}"])
+    # An embedding or a head: 512 / 2 x 64. A layer: (12 x 64^2 + 7 x 64) / 2 + 6 x 64. The last norm: 2 x 64.
+    assert plan(recipe)[3:] == [
+        "world:           4 = 2 pipeline x 1 data x 2 tensor; 2 samples at a time, 12 times a step",
+        "ZeRO:            stage 1, optimizer offloaded to the host",
+        "pipeline groups: 2 of 2; the first is 0, 2",
+        "tensor groups:   2 of 2; the first is 0, 1",
+        "stage 0:         layers 0 to 0, 41,568 parameters on each rank",
+        "stage 1:         layers 1 to 1, 41,696 parameters on each rank",
+        "worlds that fit: 4, 8, 12, 16, 24, 48",
+    ]
+
+
+def test_large_groups_are_shown_by_their_ends(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    assert "data groups:     1 of 12; the first is 0, 1, 2 ... 11" in plan(load_recipe([small]))
+
+
+def test_a_split_world_that_is_too_small(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = load_recipe([small], overrides=["parallel={tensor: 2, pipeline: 2}"])
+    with pytest.raises(TopologyError, match=r"takes 4 processes, or a multiple of that, and the world has 2; launch"):
+        dry_run_report(recipe)
 
 
 def test_a_world_that_does_not_fit(small, monkeypatch):

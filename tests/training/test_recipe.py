@@ -6,6 +6,7 @@ import pytest
 
 from neox_hf.config import dump_yaml
 from neox_hf.errors import RecipeError, TopologyError
+from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.recipe import Recipe, check_world, load_recipe
 from neox_hf.training.train_section import REFUSED
@@ -76,26 +77,27 @@ def test_batch_and_accumulation_follow_the_world(small):
         (
             5,
             "train.seed=1",
-            "data.streams = 12 cannot be dealt evenly to 5 data-parallel ranks; launch a number of processes that "
-            "divides it, or set data.streams to a multiple of 5",
+            "data.streams = 12 cannot be dealt evenly to 5 data-parallel ranks (world of 5 = 1 pipeline x "
+            "5 data x 1 tensor); launch a number of processes for which it can, or set data.streams to a multiple of 5",
         ),
         (
             4,
             "train.global_batch_size=6",
             "train.global_batch_size = 6 is no multiple of train.per_device_train_batch_size x 4 data-parallel ranks "
-            "= 8; change one of the three",
+            "= 8 (world of 4 = 1 pipeline x 4 data x 1 tensor); change one of the three",
         ),
         (
             2,
             "train={global_batch_size: 24, gradient_accumulation_steps: 3}",
             "train.gradient_accumulation_steps = 3, but train.global_batch_size = 24 takes 6 with 2 data-parallel "
-            "ranks; leave the accumulation out, it follows from the world",
+            "ranks (world of 2 = 1 pipeline x 2 data x 1 tensor); leave the accumulation out, it follows from the "
+            "world",
         ),
     ],
 )
 def test_a_world_that_does_not_fit(small, world, override, message):
     with pytest.raises(TopologyError) as error:
-        load_recipe([small], overrides=[override]).data_size(world)
+        load_recipe([small], overrides=[override]).topology(world)
     assert str(error.value) == message
 
 
@@ -105,16 +107,16 @@ def test_a_world_that_does_not_fit(small, world, override, message):
 @pytest.mark.parametrize("when", ["train.eval_strategy=steps", "train.eval_on_start=true"])
 def test_an_evaluation_is_shared_out_evenly(small, samples, nearest, when):
     overrides = [f"data.eval_samples={samples}", "train.per_device_eval_batch_size=2"]
-    assert load_recipe([small], overrides=overrides).data_size(3) == 3  # it never evaluates
+    assert load_recipe([small], overrides=overrides).topology(3).data == 3  # it never evaluates
     recipe = load_recipe([small], overrides=[*overrides, when])
     if nearest is None:
-        assert recipe.data_size(3) == 3
+        assert recipe.topology(3).data == 3
         return
     with pytest.raises(TopologyError) as error:
-        recipe.data_size(3)
+        recipe.topology(3)
     assert str(error.value) == (
         f"data.eval_samples = {samples} is no multiple of train.per_device_eval_batch_size x 3 data-parallel ranks "
-        f"= 6; set it to {nearest}"
+        f"= 6 (world of 3 = 1 pipeline x 3 data x 1 tensor); set it to {nearest}"
     )
 
 
@@ -125,14 +127,25 @@ def test_what_compiles(small, key):
 
 
 def test_model_parallel_sizes_divide_the_world():
-    parallel = Recipe().parallel.__class__(tensor=2, pipeline=2)
+    parallel = ParallelSettings(tensor=2, pipeline=2, sequence=True)
     with pytest.raises(TopologyError) as error:
-        Recipe(parallel=parallel).data_size(6)
+        Recipe(parallel=parallel).topology(6)
     assert str(error.value) == (
-        "parallel.tensor=2 x parallel.pipeline=2 = 4 does not divide world_size=6; "
-        "launch 4 processes or a multiple of it"
+        "parallel.tensor=2 x parallel.pipeline=2 = 4 does not divide world_size=6, so no data size "
+        "fits; launch 4 processes or a multiple of it"
     )
-    assert Recipe(parallel=parallel).data_size(8) == 2
+    topology = Recipe(parallel=parallel).topology(8, rank=5)
+    assert (str(topology), topology.rank, topology.sequence) == ("8 = 2 pipeline x 2 data x 2 tensor", 5, True)
+
+
+def test_a_world_that_is_too_small_names_the_command():
+    with pytest.raises(TopologyError) as error:
+        Recipe(parallel=ParallelSettings(tensor=2, pipeline=3)).topology(1)
+    assert str(error.value) == (
+        "parallel.pipeline = 3 x parallel.tensor = 2 takes 6 processes, or a multiple of that, and the world has 1; "
+        "launch with `accelerate launch --multi_gpu --num_processes 6 recipes/pretrain.py --config ...`. Without "
+        "--multi_gpu, accelerate starts one process on a host without GPUs"
+    )
 
 
 def test_training_arguments(small, tmp_path):

@@ -62,7 +62,23 @@ def test_a_field_with_another_owner_names_it(base, key):
     assert refusal(base, override) == f"override '{override}': train.{key} = 1: {REFUSED[key]}"
 
 
-NOT_YET = "is not available yet; this release trains with data parallelism"
+TOO_FEW_LAYERS = "is more than model.num_hidden_layers = 2; every stage holds one layer at least"
+NO_TENSOR = "shards the sequence inside a tensor group; set parallel.tensor above 1 or leave it out"
+NO_ZERO = "moves the optimizer's state that ZeRO shards; set parallel.zero_stage to 1, 2 or 3"
+SPLIT = (
+    "shards {} over the data-parallel ranks after each backward pass; DeepSpeed's pipeline engine, which runs "
+    "parallel.tensor = {} x parallel.pipeline = {}, keeps them until all micro-batches of a step are through; use 1"
+)
+SPLIT_GRADIENTS, SPLIT_WEIGHTS = SPLIT.format("gradients", 2, 1), SPLIT.format("weights", 1, 2)
+NOT_FULL = "belongs to train.activation_checkpointing = full; set that, or remove it"
+ONE_DTYPE = (
+    "keeps fp32 weights and casts for each product; DeepSpeed, which runs ZeRO, tensor and pipeline parallelism, has "
+    "one dtype for all; use bf16, whose fp32 master weights it shards, or fp32"
+)
+NOT_SHARDABLE = "keeps a state that cannot be sharded element by element; use adamw_torch_fused or adamw_torch"
+NO_DDP = "does nothing: DeepSpeed, not DistributedDataParallel, reduces the gradients; remove it"
+ALL_LABELS = "cannot be switched off with tensor or pipeline parallelism, which averages over all labels; remove it"
+NO_WHOLE_MODEL = "watches the forward pass of a whole model, which no rank runs when the model is split; remove it"
 FIXED = "is fixed by the released weights of model.pretrained = me/it; remove it"
 WITH_STYLE = (
     "excludes train.lr_decay_style = cosine, whose warm-up is lr_warmup_fraction; keep one of the two schedules"
@@ -135,10 +151,30 @@ CASES = [
     ("data.sources=[{path: a, revision: x}]", f'data.sources[0].revision = "x": {OF_HUB}'),
     ("data.bad_rows=skipp", 'data.bad_rows = "skipp": wants one of error, skip, quarantine; did you mean skip?'),
     # parallel
-    ("parallel.tensor=2", f"parallel.tensor = 2: tensor parallelism {NOT_YET}"),
-    ("parallel.pipeline=4", f"parallel.pipeline = 4: pipeline parallelism {NOT_YET}"),
-    ("parallel.sequence=true", f"parallel.sequence = true: sequence parallelism {NOT_YET}"),
-    ("parallel.zero_stage=1", f"parallel.zero_stage = 1: ZeRO {NOT_YET}"),
+    (
+        "parallel.tensor=3",
+        "parallel.tensor = 3: does not divide model.num_attention_heads = 4, which its ranks share; ",
+    ),
+    (
+        "parallel.tensor=3",
+        "parallel.tensor = 3: does not divide model.intermediate_size = 256, which its ranks share; ",
+    ),
+    ("parallel.tensor=8", "which its ranks share; choose one of 1, 2, 4"),
+    ("parallel.pipeline=4", f"parallel.pipeline = 4: {TOO_FEW_LAYERS}"),
+    ("parallel.sequence=true", f"parallel.sequence = true: {NO_TENSOR}"),
+    ("parallel.offload=optimizer", f'parallel.offload = "optimizer": {NO_ZERO}'),
+    ("parallel.offload=optimiser", "wants one of none, optimizer; did you mean optimizer?"),
+    ("parallel.partition=layers", 'parallel.partition = "layers": does nothing while parallel.pipeline = 1'),
+    ("parallel={tensor: 2, zero_stage: 2}", f"parallel.zero_stage = 2: {SPLIT_GRADIENTS}"),
+    ("parallel={pipeline: 2, zero_stage: 3}", f"parallel.zero_stage = 3: {SPLIT_WEIGHTS}"),
+    ("parallel={pipeline: 2, partition: [0, 2]}", "parallel.partition = [0, 2]: "),
+    ("parallel={pipeline: 2, partition: [0, 1, 3]}", "does not deal 2 layers to 2 stages; it wants 3 growing numbers"),
+    ("train.precision=fp16", 'train.precision = "fp16": needs the loss scale of DeepSpeed; set parallel.zero_stage to'),
+    (
+        "train.activation_checkpointing=selctive",
+        "none, full, selective or true or false or null; did you mean selective?",
+    ),
+    ("train.activation_checkpointing_kwargs={every_n_layers: 2}", f'{{"every_n_layers": 2}}: {NOT_FULL}'),
     # train: batch
     (
         "train.global_batch_size=3",
@@ -223,6 +259,27 @@ PAIRS = [
 ]
 
 
+PAIRS += [
+    (
+        ["parallel={tensor: 4, sequence: true}", "data.seq_length=30"],
+        "data.seq_length = 30: is no multiple of parallel.",
+    ),
+    (["model=pythia-14m", "parallel.pipeline=7"], "parallel.pipeline = 7: is more than model.num_hidden_layers = 6"),
+    (["model=pythia-14m", "parallel.tensor=8"], "parallel.tensor = 8: does not divide model.num_attention_heads = 4"),
+    (["parallel.zero_stage=1", "train.precision=amp"], f'train.precision = "amp": {ONE_DTYPE}'),
+    (["parallel.pipeline=2", "train.precision=amp"], f'train.precision = "amp": {ONE_DTYPE}'),
+    (["parallel.zero_stage=2", "train.optim=sgd"], f'train.optim = "sgd": {NOT_SHARDABLE}'),
+    (["parallel.zero_stage=2", "train.precision=bf16", "train.optim=adafactor"], f'"adafactor": {NOT_SHARDABLE}'),
+    (["parallel.zero_stage=1", "train.ddp_static_graph=true"], f"train.ddp_static_graph = true: {NO_DDP}"),
+    (["parallel.tensor=2", "train.average_tokens_across_devices=false"], f"across_devices = false: {ALL_LABELS}"),
+    (["parallel.tensor=2", "train.debug=underflow_overflow"], f'train.debug = "underflow_overflow": {NO_WHOLE_MODEL}'),
+    (
+        ["train={activation_checkpointing: selective, activation_checkpointing_kwargs: {every_n_layers: 2}}"],
+        f'train.activation_checkpointing_kwargs = {{"every_n_layers": 2}}: {NOT_FULL}',
+    ),
+]
+
+
 @pytest.mark.parametrize(("overrides", "message"), PAIRS, ids=[" ".join(overrides) for overrides, _ in PAIRS])
 def test_values_that_do_not_go_together(base, overrides, message):
     assert message in refusal(base, *overrides)
@@ -252,6 +309,31 @@ def test_values_that_do_not_go_together(base, overrides, message):
 )
 def test_values_that_do_go_together(base, overrides):
     load_recipe([base], overrides=overrides)
+
+
+LAYOUTS = [
+    "parallel={tensor: 2, pipeline: 2, sequence: true}",
+    "parallel={tensor: 4, zero_stage: 1}",
+    "parallel={pipeline: 2, partition: [0, 1, 2], offload: optimizer}",
+    "parallel={pipeline: 2, partition: layers}",
+    "parallel={zero_stage: 3, offload: optimizer}",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_layouts_that_are_right(base, layout, precision):
+    load_recipe([base], overrides=[layout, f"train.precision={precision}"])
+
+
+def test_fp16_needs_cuda_and_deepspeed(base, monkeypatch):
+    overrides = ["parallel.zero_stage=1", "train.precision=fp16"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    load_recipe([base], overrides=overrides)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert refusal(base, *overrides) == (
+        "override 'train.precision=fp16': train.precision = \"fp16\": needs a CUDA device; use fp32 or bf16"
+    )
 
 
 def test_released_weights_need_no_sizes(tmp_path):
