@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from neox_hf.kernels.autocast import autocast_dtype, without_autocast
 from neox_hf.kernels.cross_entropy import IGNORE_INDEX
 from neox_hf.kernels.dispatch import Op
 
@@ -162,7 +163,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad[:2]
         operands = (hidden.detach().to(dtype), weight.detach().to(dtype))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             total, *gradients = chunked_losses(*operands, labels, ignore_index, share, chunk, wanted)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = (hidden.dtype, _gradient_dtype(weight))
@@ -194,14 +195,12 @@ def linear_cross_entropy_chunked(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, share: VocabularyShare, chunk: int
 ) -> Tensor:
     """Sum of the losses, differentiable in hidden and weight. Products run in the weight's dtype, or autocast's."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = autocast_dtype(hidden.device) or weight.dtype
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedLinearCrossEntropy.apply(hidden, weight, labels, ignore_index, share, chunk, dtype)
-    with torch.autocast(kind, enabled=False):
-        return chunked_losses(
-            hidden.to(dtype), weight.to(dtype), labels, ignore_index, share, chunk, wanted=(False, False)
-        )[0]
+    operands = (hidden.to(dtype), weight.to(dtype))
+    with without_autocast(hidden.device):
+        return chunked_losses(*operands, labels, ignore_index, share, chunk, wanted=(False, False))[0]
 
 
 LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", torch=linear_cross_entropy_chunked)

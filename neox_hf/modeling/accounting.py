@@ -1,6 +1,17 @@
-"""How many parameters a configuration has, and how much work a token is. Pure arithmetic: nothing is built."""
+"""How many parameters a configuration has, in all and on each rank, and how much work a token is.
 
+No weight exists here: what is built is built on the meta device.
+"""
+
+import dataclasses
+
+import torch
+
+from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
+from neox_hf.modeling.partition import Partition, stage_bounds
+from neox_hf.modeling.stage import Stage
+from neox_hf.parallel.topology import Topology
 
 
 def parameter_count(config: GPTNeoXConfig) -> int:
@@ -29,3 +40,25 @@ def flops_per_token(config: GPTNeoXConfig, seq_length: int) -> float:
     head = config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
     return float(6 * (matrix_parameters(config) + head) + attention)
+
+
+def rank_parameters(
+    config: GPTNeoXConfig, *, tensor: int = 1, pipeline: int = 1, partition: Partition = "parameters"
+) -> list[list[int]]:
+    """Parameters that each rank of one replica holds in memory: a list of pipeline ranks, each one of tensor ranks.
+
+    The vocabulary's padding counts; what several ranks hold (norms, biases of row-parallel linears, an embedding tied
+    across stages) counts on each.
+
+    Raises:
+        TopologyError: the model cannot be split so.
+    """
+    topology = Topology(tensor=tensor, pipeline=pipeline)
+    bounds = stage_bounds(config, pipeline, partition)
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(config, topology)
+    stages = [
+        Stage.of_rank(model, dataclasses.replace(topology, rank=stage * tensor), bounds) for stage in range(pipeline)
+    ]
+    # Shares along a dimension are of one size: all ranks of a tensor group hold as many.
+    return [[sum(parameter.numel() for parameter in stage.parameters())] * tensor for stage in stages]

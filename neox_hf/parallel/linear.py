@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neox_hf.kernels.autocast import autocast_dtype
 from neox_hf.parallel.messages import start_all_reduce, start_gather_sequence, start_reduce_scatter_sequence
 from neox_hf.parallel.shards import Shard, Sharded
 from neox_hf.parallel.tensor_region import TensorRegion
@@ -199,10 +200,9 @@ def _enter_ahead_of(branches: tuple[nn.Module, ...], region: TensorRegion, x: Te
 
 def _in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would make of the operands of a linear; it does not reach into an autograd function."""
-    kind = operands[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(operands[0].device)
+    if dtype is None:
         return operands
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(operand if operand is None else operand.to(dtype) for operand in operands)
 
 

@@ -4,69 +4,25 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from neox_hf import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from neox_hf.modeling.fresh_weights import draw_weights
 from neox_hf.modeling.initialization import INIT_METHODS
-from neox_hf.parallel.shards import Shard, Sharded
+from neox_hf.parallel.topology import Topology
 
 HIDDEN, LAYERS = 64, 3
 COLUMN = ("query_key_value", "dense_h_to_4h")
 ROW = ("attention.dense", "dense_4h_to_h")
 
 
-def on_meta(config, model_class=GPTNeoXForCausalLM):
+def on_meta(config, *topology, model_class=GPTNeoXForCausalLM):
     with torch.device("meta"):
-        return model_class(config)
+        return model_class(config, *topology)
 
 
 def drawn(config, seed=1, device="cpu", **options):
     model = on_meta(config)
     draw_weights(model, seed, device, **options)
-    return model
-
-
-def share_of(whole, dim, rank, size, padded=None):
-    """A stand-in for a parallel layer: its class is a subclass of the plain one, its weight a share."""
-    shard = Shard.of_rank(dim, tuple(whole.weight.shape), rank, size, padded)
-
-    class Share(Sharded, type(whole)):
-        def shards(self):
-            by_column = dim == 0 and getattr(self, "bias", None) is not None
-            bias = {"bias": Shard.of_rank(0, tuple(whole.bias.shape), rank, size)} if by_column else {}
-            return {"weight": shard, **bias}
-
-    whole.__dict__["_modules"] = {}
-    share = Share.__new__(Share)
-    nn.Module.__init__(share)
-    share.__dict__.update({key: value for key, value in whole.__dict__.items() if not key.startswith("_")})
-    sizes = list(whole.weight.shape)
-    sizes[dim] = (padded or sizes[dim]) // size
-    share.weight = nn.Parameter(torch.empty(sizes, dtype=whole.weight.dtype, device="meta"))
-    bias = getattr(whole, "bias", None)
-    if bias is not None:
-        share.bias = nn.Parameter(bias[: sizes[0]].detach().clone())
-    elif hasattr(whole, "bias"):
-        share.bias = None
-    return share
-
-
-def split(model, rank, size, padded):
-    """`model` with its linears, embedding and head replaced by one rank's shares."""
-    for name, module in list(model.named_modules()):
-        dim, rows = None, None
-        if name.endswith(COLUMN):
-            dim = 0
-        elif name.endswith(ROW):
-            dim = 1
-        elif name.endswith(("embed_in", "lm_head")):
-            dim, rows = 0, padded
-        if dim is not None:
-            parent, _, role = name.rpartition(".")
-            setattr(model.get_submodule(parent), role, share_of(module, dim, rank, size, rows))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.gpt_neox.embed_in.weight
     return model
 
 
@@ -109,13 +65,14 @@ def test_default_generators_are_left_alone(config):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("size", "padded"), [(2, 128), (4, 128), (4, 512)])
-def test_shares_join_to_the_whole_and_padding_is_zero(config, size, padded, tied):
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_shares_join_to_the_whole_and_padding_is_zero(config, size, sequence, tied):
     config.tie_word_embeddings = tied
     whole = drawn(config).state_dict()
     ranks = []
     for rank in range(size):
-        model = split(on_meta(config), rank, size, padded)
+        model = on_meta(config, Topology(tensor=size, rank=rank, sequence=sequence))
         draw_weights(model, 1, "cpu")
         assert (model.lm_head.weight is model.gpt_neox.embed_in.weight) == tied
         ranks.append(model.state_dict())
@@ -128,7 +85,7 @@ def test_shares_join_to_the_whole_and_padding_is_zero(config, size, padded, tied
         elif name.endswith(("embed_in.weight", "lm_head.weight")):
             joined = torch.cat(parts)
             assert torch.equal(joined[: len(value)], value)
-            assert joined.shape[0] == padded
+            assert joined.shape[0] == 128 * size
             assert not joined[len(value) :].any()
         else:
             assert all(torch.equal(part, value) for part in parts), name
@@ -208,7 +165,7 @@ def test_half_precision_holds_the_rounded_values(config):
 
 
 def test_other_heads(make_config):
-    model = on_meta(make_config(num_labels=3), GPTNeoXForSequenceClassification)
+    model = on_meta(make_config(num_labels=3), model_class=GPTNeoXForSequenceClassification)
     draw_weights(model, 1, "cpu")
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert model(torch.ones(1, 4, dtype=torch.int64)).logits.isfinite().all()
