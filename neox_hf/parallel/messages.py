@@ -45,7 +45,7 @@ def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> Message:
 def start_gather(tensor: Tensor, region: "TensorRegion") -> Message:
     """The tensors of all ranks, stacked: [size, ...]."""
     stacked = tensor.new_empty((region.size, *tensor.shape))
-    work = _all_gather(stacked, tensor.contiguous(), group=group_of(region), async_op=True)
+    work = _all_gather(stacked.flatten(0, 1), tensor.contiguous(), group=group_of(region), async_op=True)
     return Message(work, stacked, lambda shares: shares)
 
 
@@ -58,7 +58,7 @@ def start_reduce_scatter_sequence(partial: Tensor, region: "TensorRegion") -> Me
     """The sum over the group of [B, S, H], of which this rank gets its share [B, S / size, H]."""
     shares = partial.unflatten(1, (region.size, -1)).transpose(0, 1).contiguous()
     mine = torch.empty_like(shares[0])
-    work = _reduce_scatter(mine, shares, group=group_of(region), async_op=True)
+    work = _reduce_scatter(mine, shares.flatten(0, 1), group=group_of(region), async_op=True)
     return Message(work, mine, lambda summed: summed)
 
 
