@@ -22,7 +22,7 @@ def make_batch(
     shift_labels = tokens[:, 1:].contiguous()
     ends = input_ids == end_of_document
     if eod_mask_loss:
-        shift_labels.masked_fill_(ends, IGNORED)
+        shift_labels = shift_labels.masked_fill(ends, IGNORED)  # in one row it shares its memory with input_ids
     batch = {"input_ids": input_ids, "labels": input_ids, "shift_labels": shift_labels}
     if document_mask:
         batch["position_ids"] = positions_in_documents(ends)

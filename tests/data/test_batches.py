@@ -25,6 +25,12 @@ def test_no_loss_on_the_first_token_after_an_end():
     assert batch["shift_labels"].tolist() == [[0, -100, 8, 0], [-100, -100, 0, -100]]
 
 
+def test_masking_the_loss_leaves_the_tokens_of_a_single_row():
+    batch = make_batch(SAMPLES[:1], 0, document_mask=False, eod_mask_loss=True)
+    assert batch["input_ids"].tolist() == [[5, 0, 7, 8]]
+    assert batch["shift_labels"].tolist() == [[0, -100, 8, 0]]
+
+
 def test_positions_restart_after_an_end():
     batch = make_batch(SAMPLES, 0, document_mask=True, eod_mask_loss=False)
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
