@@ -50,7 +50,7 @@ def first_model(
 def empty_model(config: GPTNeoXConfig, topology: Topology, dtype: torch.dtype = torch.float32) -> GPTNeoXForCausalLM:
     """The model on `meta`: names, shapes of this rank's shards, no memory."""
     with torch.device("meta"):
-        return cast_weights(GPTNeoXForCausalLM(config), dtype)
+        return cast_weights(GPTNeoXForCausalLM(config, topology), dtype)
 
 
 def local_modules(model: GPTNeoXForCausalLM, topology: Topology, partition: Partition) -> list[nn.Module]:

@@ -5,7 +5,9 @@ and replicas, which is the mean over all labels only where every micro-batch has
 goes in as a sum with a weight that the averages turn into the division by the step's labels.
 """
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_opti
 from neox_hf.data import EvaluationBatches
 from neox_hf.kernels import IGNORE_INDEX
 from neox_hf.modeling.stage import Stage
+from neox_hf.parallel.shards import shards_of
 from neox_hf.training import loss_scale
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
@@ -48,9 +51,12 @@ class PipelineEngine:
     def prepare(self, model: nn.Module) -> nn.Module:
         """DeepSpeed's engine around this rank's stage; `model` stays what configuration and names are asked of."""
         trainer = self.trainer
+        # DeepSpeed's own count; where it differs from Accelerate's, Accelerate warns and takes it.
+        trainer.accelerator.gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         self._compile_layers()
-        deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
-        module = StageModule(self.stage, self.topology)
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, its topology and its seeds
+            deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
+            module = StageModule(self.stage, self.topology)
         self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
         return self.driver
 
@@ -117,11 +123,13 @@ class PipelineEngine:
         return total, int(labels)
 
     def save_boxes(self, writer: CheckpointWriter) -> None:
-        write_optimizer(writer, self.driver.optimizer, hf_names(self.trainer.model))
+        model = self.trainer.model
+        write_optimizer(writer, self.driver.optimizer, hf_names(model), shards_of(model), self.topology)
         loss_scale.write(writer, self.driver.optimizer)
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:
-        load_optimizer(self.driver.optimizer, hf_names(self.trainer.model), checkpoint)
+        model = self.trainer.model
+        load_optimizer(self.driver.optimizer, hf_names(model), shards_of(model), checkpoint, self.topology)
         loss_scale.load(checkpoint, self.driver.optimizer)
 
     def _compile_layers(self) -> None:

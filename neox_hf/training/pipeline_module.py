@@ -1,8 +1,5 @@
 """A `Stage` in the form that DeepSpeed's pipeline engine drives."""
 
-import io
-from contextlib import redirect_stdout
-
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -23,12 +20,11 @@ class StageModule(PipelineModule):
     def __init__(self, stage: Stage, topology: Topology) -> None:
         self._place = topology
         sizes = {"num_pp": topology.pipeline, "num_dp": topology.data, "num_mp": topology.tensor}
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and seeds
-            super().__init__(
-                [stage if number == topology.pipeline_rank else _elsewhere for number in range(topology.pipeline)],
-                topology=PipeModelDataParallelTopology(**sizes),
-                loss_fn=stage.loss,
-            )
+        super().__init__(
+            [stage if number == topology.pipeline_rank else _elsewhere for number in range(topology.pipeline)],
+            topology=PipeModelDataParallelTopology(**sizes),
+            loss_fn=stage.loss,
+        )
         # Each rank's shard has its own share of the gradient norm; what is whole counts once.
         for parameter in shards_of(stage):
             parameter.tensor_model_parallel = True
