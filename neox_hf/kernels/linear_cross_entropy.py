@@ -191,6 +191,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor.reshape(1, 1), out=out)
 
 
+@torch.compiler.disable  # a compiler would unroll the chunks, and split its graph at each reduction
 def linear_cross_entropy_chunked(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, share: VocabularyShare, chunk: int
 ) -> Tensor:

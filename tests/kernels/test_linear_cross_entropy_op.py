@@ -1,5 +1,6 @@
 """The head and its loss in one op: against whole logits, against fp64, in chunks, over ranks."""
 
+import random
 import threading
 
 import pytest
@@ -351,6 +352,38 @@ def test_repeats_exactly():
     first = over_ranks(SimulatedRanks(2), *data, 16, chunk=10)
     again = over_ranks(SimulatedRanks(2), *data, 16, chunk=10)
     assert all(torch.equal(a, b) for one, two in zip(first, again, strict=True) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_sizes_ranks_chunks_and_labels(seed):
+    """Drawn at random; the truth is the loss of whole logits in fp64."""
+    draw = random.Random(seed)
+    size, share_rows, tokens = draw.randint(1, 5), draw.randint(1, 40), draw.randint(1, 90)
+    vocabulary = draw.randint(1, size * share_rows)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, HIDDEN, generator=generator, dtype=torch.float64) * 10 ** draw.uniform(-3, 1)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < draw.choice([0, 0.3, 1])] = -100
+    options = {"chunk": draw.choice([None, draw.randint(1, tokens)]), "upstream": draw.uniform(-2, 2)}
+    losses, for_hidden, for_weight = zip(
+        *over_ranks(SimulatedRanks(size), hidden, weight, labels, share_rows, **options), strict=True
+    )
+    wanted = with_gradients(on_whole_logits, hidden, weight, labels, upstream=options["upstream"])
+    together = (losses[0], sum(for_hidden), torch.cat(for_weight)[:vocabulary])
+    for found, exact in zip(together, wanted, strict=True):
+        assert torch.allclose(found, exact, rtol=1e-10, atol=1e-12 * (1 + exact.abs().max().item()))
+    assert not torch.cat(for_weight)[vocabulary:].any()
+
+
+def test_a_compiler_leaves_it_alone():
+    hidden, weight, labels = inputs()
+    wanted = with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=10)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager")
+    found = with_gradients(compiled, hidden, weight, labels, chunk=10)
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_extreme_logits_stay_finite():
