@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box, SavedBox
@@ -16,16 +15,16 @@ from neox_hf.errors import CheckpointError
 GEOMETRY = "boxes"
 
 
-def save_boxes(path: Path, boxes: Iterable[Box]) -> None:
-    """Write one file. Tensors on a device pass through host memory, all of this file's at once."""
+def pack_boxes(boxes: Iterable[Box]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of the file that holds these boxes."""
     tensors: dict[str, Tensor] = {}
     geometry: dict[str, dict] = {}
     for box in boxes:
         key = box_key(box)
         assert key not in tensors, f"{key} is given twice"
-        tensors[key] = box.tensor.detach().contiguous()
+        tensors[key] = box.tensor.detach()
         geometry[key] = {"name": box.name, "offsets": box.offsets, "shape": box.shape}
-    save_file(tensors, path, metadata={GEOMETRY: json.dumps(geometry)})
+    return tensors, {GEOMETRY: json.dumps(geometry)}
 
 
 def box_key(box: Box) -> str:

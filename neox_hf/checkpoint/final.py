@@ -9,10 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neox_hf.checkpoint.directory import final_path
 from neox_hf.checkpoint.durable import allow_usual_readers, sync_directory, sync_file, writing
+from neox_hf.checkpoint.model_files import save_model_files
+from neox_hf.checkpoint.tensor_file import write_tensors
 from neox_hf.checkpoint.verify import is_safe
-from neox_hf.checkpoint.weights import INDEX, SHARD_SIZE, save_weights
-
-SINGLE = "model.safetensors"
+from neox_hf.checkpoint.weights import INDEX, SHARD_BYTES, SINGLE, WeightFiles
+from neox_hf.parallel.collectives import from_first_rank, together
+from neox_hf.parallel.topology import Topology
 
 
 def write_final(
@@ -20,7 +22,9 @@ def write_final(
     tokenizer: PreTrainedTokenizerBase | None,
     output_dir: str | os.PathLike[str],
     extra_files: Mapping[str, bytes] | None = None,
-    shard_size: str = SHARD_SIZE,
+    *,
+    topology: Topology | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Put model, tokenizer and `extra_files` (relative name -> content) into `output_dir`, and return its path.
 
@@ -28,27 +32,57 @@ def write_final(
     the index of the shards) comes last. Killed at any point, the directory loads as the old model, as the new one, or,
     where shards of the same names are being replaced, not at all: never as a mixture of weights.
 
+    topology: how the model is split, and every rank calls; by default this rank alone has all of it.
+
     Raises:
         CheckpointError: something cannot be written.
     """
-    output_dir = Path(output_dir)
+    output_dir, topology = Path(output_dir), topology or Topology.single()
     work = final_path(output_dir)
+    from_first_rank(topology, lambda: _begin(work))
     with writing(output_dir):
+        files = WeightFiles(model, topology, limit=shard_bytes)
+        for name, tensors in files.mine():
+            write_tensors(work / name, tensors, files.METADATA)
+            _make_durable(work / name)
+    together(topology, lambda: None)
+
+    def finish() -> None:
+        with writing(output_dir):
+            beside = {**(extra_files or {}), **({files.INDEX: files.index} if files.index else {})}
+            _write_beside(model, tokenizer, work, beside)
+            everything = sorted((path for path in work.rglob("*") if path.is_file()), key=_moves_last)
+            move_into_place(everything, work, output_dir)
+            shutil.rmtree(work)
+
+    from_first_rank(topology, finish)
+    return output_dir
+
+
+def _begin(work: Path) -> None:
+    with writing(work.parent):
         if work.exists():
             shutil.rmtree(work)
         work.mkdir(parents=True)
-        save_weights(model, work, tokenizer, shard_size=shard_size)
-        for name, content in (extra_files or {}).items():
-            assert is_safe(name), f"{name!r} is not a plain path inside the output directory"
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            (work / name).write_bytes(content)
-        files = sorted((path for path in work.rglob("*") if path.is_file()), key=_moves_last)
-        for path in files:
-            allow_usual_readers(path)
-            sync_file(path)
-        move_into_place(files, work, output_dir)
-        shutil.rmtree(work)
-    return output_dir
+
+
+def _write_beside(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, work: Path, files: Mapping[str, bytes]
+) -> None:
+    weights = set(work.iterdir())
+    save_model_files(model, work, tokenizer)
+    for name, content in files.items():
+        assert is_safe(name), f"{name!r} is not a plain path inside the output directory"
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(content)
+    for path in work.rglob("*"):
+        if path.is_file() and path not in weights:
+            _make_durable(path)
+
+
+def _make_durable(path: Path) -> None:
+    allow_usual_readers(path)
+    sync_file(path)
 
 
 def move_into_place(files: list[Path], work: Path, output_dir: Path) -> None:

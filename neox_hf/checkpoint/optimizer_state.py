@@ -1,37 +1,42 @@
-"""The state of any torch-like optimizer, keyed by Hugging Face names instead of positions.
+"""The state of an optimizer, keyed by Hugging Face names: one format, whatever contains it and however it is laid out.
 
-A *slot* is a tensor that the optimizer keeps per parameter (`exp_avg`, `momentum_buffer`, `master`, ...): a list of
-boxes, one file per slot. Everything else it keeps per parameter (the step, in one optimizer a float and in another a
-tensor without dimensions), and the hyper-parameters of its groups, is JSON.
+A *slot* is a tensor that the optimizer keeps per parameter (`exp_avg`, `momentum_buffer`, `master`, ...): boxes, one
+file per slot and rank. Everything else, the steps and the hyper-parameters of groups, is JSON (`optimizer_document`).
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box, BoxReader, check_boxes, fill_boxes
 from neox_hf.checkpoint.directory import STATE
-from neox_hf.checkpoint.plain_values import decode_value, dtype_name, encode_value
+from neox_hf.checkpoint.exchange import Exchange
+from neox_hf.checkpoint.fragments import Rows, whole_box
+from neox_hf.checkpoint.optimizer_containers import MASTER, Cell, Container, Place, container_of
+from neox_hf.checkpoint.optimizer_document import (
+    Document,
+    Names,
+    Shards,
+    check_alike,
+    describe,
+    is_slot,
+    merge,
+    scalar_device,
+    slots_of,
+)
+from neox_hf.checkpoint.partitioned import whole_shape
+from neox_hf.checkpoint.plain_values import decode_value
 from neox_hf.checkpoint.writer import CheckpointWriter
 from neox_hf.errors import CheckpointError
+from neox_hf.parallel.collectives import together
+from neox_hf.parallel.shards import Shard
+from neox_hf.parallel.topology import Topology
 
 SCALARS = f"{STATE}/optimizer.json"
-Names = dict[nn.Parameter, str]
-
-# How a step is carried out belongs to the machine that runs now, not to the one that saved.
-IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-
-
-@dataclass(frozen=True)
-class OptimizerBoxes:
-    """slots: boxes by slot name. scalars: JSON-ready; optimizer class, groups and parameters by name."""
-
-    slots: dict[str, list[Box]] = field(default_factory=dict)
-    scalars: dict[str, Any] = field(default_factory=dict)
 
 
 class OptimizerReader(Protocol):
@@ -49,168 +54,263 @@ def slot_stem(slot: str) -> str:
     return f"optimizer.{slot}"
 
 
-def write_optimizer(writer: CheckpointWriter, optimizer: Optimizer, names: Names) -> None:
-    """Write the optimizer's state. Every rank holds all of it: the parameters are dealt round robin to the ranks."""
-    saved = optimizer_boxes(optimizer, names)
-    for slot, boxes in saved.slots.items():
-        writer.write_boxes(slot_stem(slot), boxes[writer.rank :: writer.world_size])
+# Saving
+
+
+def write_optimizer(
+    writer: CheckpointWriter,
+    optimizer: Any,
+    names: Names,
+    shards: Shards | None = None,
+    topology: Topology | None = None,
+) -> None:
+    """Write the optimizer's state. Every rank calls it.
+
+    Each tensor is put together inside its data group, on the rank that holds most of it (round robin where all hold
+    the same), and written there as one box. A tensor that several stages or tensor ranks hold is written once.
+
+    Args:
+        optimizer: a torch optimizer, or DeepSpeed's, possibly wrapped by Accelerate.
+        names, shards: of the model's parameters, from `hf_names` and `parallel.shards.shards_of`.
+        topology: by default every rank of the writer's world is a replica.
+
+    Raises:
+        CheckpointError: a parameter has no name, or the state holds what only pickle could save.
+    """
+    topology = topology or Topology(data=writer.world_size, rank=writer.rank)
+    shards = shards or {}
+    container = container_of(optimizer, topology.data_rank)
+    mine = describe(container, names, shards)
+    for slot in mine["slots"]:
+        _check_file_name(slot)
+    stages = Exchange(topology, "pipeline", container.device).gather_objects(mine)
+    earlier = {name for stage in stages[: topology.pipeline_rank] for name in stage["parameters"]}
     if writer.rank == 0:
-        writer.write_json(SCALARS, saved.scalars)
+        writer.write_json(SCALARS, merge(stages))
+    pieces = [
+        _Piece(names[place.parameter], shards.get(place.parameter), cell, place)
+        for cell in container.cells
+        for place in cell.places
+        if names[place.parameter] not in earlier
+    ]
+    deal = _Deal(container, [piece for piece in pieces if piece.shard or topology.tensor_rank == 0], topology)
+    for slot in mine["slots"]:
+        writer.write_boxes(slot_stem(slot), list(deal.boxes(slot)), copied=container.scattered)
 
 
-def optimizer_boxes(optimizer: Optimizer, names: Names) -> OptimizerBoxes:
-    """The optimizer's state; the boxes refer to its tensors and copy nothing.
+@dataclass(frozen=True)
+class _Piece:
+    """What this rank holds of one parameter's state."""
 
-    Raises:
-        CheckpointError: a parameter has no name, or the state holds something that is neither tensor nor plain value.
-    """
-    named = _named_parameters(optimizer, names)
-    strangers = [key for key in optimizer.state if key not in set(named.values())]
-    if strangers:
-        raise CheckpointError(f"the optimizer keeps state for {strangers[0]!r}, which is no parameter of its groups")
-    slots: dict[str, list[Box]] = {}
-    parameters: dict[str, Any] = {}
-    for name, parameter in named.items():
-        entry: dict[str, Any] = {"shape": list(parameter.shape), "slots": {}, "scalars": {}}
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if _is_slot(key, value, parameter):
-                slots.setdefault(_file_safe(key), []).append(Box.whole(name, value))
-                entry["slots"][key] = {"shape": list(value.shape), "dtype": dtype_name(value.dtype)}
-            else:
-                entry["scalars"][key] = encode_value(value, f"state {key!r} of {name}")
-        parameters[name] = entry
-    return OptimizerBoxes(
-        slots,
-        {
-            "optimizer": type(optimizer).__name__,
-            "slots": sorted(slots),
-            "groups": [_encode_group(group, names) for group in optimizer.param_groups],
-            "parameters": parameters,
-        },
-    )
+    name: str
+    shard: Shard | None
+    cell: Cell
+    place: Place
 
 
-def load_optimizer(optimizer: Optimizer, names: Names, reader: OptimizerReader) -> None:
-    """Give the optimizer the saved state bit for bit, or change nothing. No step needs to have been taken.
+class _Deal:
+    """Which rank of the data group writes what, and how the other ranks' pieces come there."""
 
-    Tensors that the optimizer already keeps are filled in place, others are made on the parameter's device. Group
-    hyper-parameters are restored too, except those that choose an implementation (`fused`, `foreach`, ...).
+    def __init__(self, container: Container, pieces: list[_Piece], topology: Topology) -> None:
+        self._container, self._pieces, self._topology = container, pieces, topology
+        if container.scattered:
+            self._exchange = Exchange(topology, "data", container.device)
+            self._held = self._exchange.gather_objects([(p.place.start, p.place.numel) for p in pieces])
 
-    Raises:
-        CheckpointError: optimizer class, groups, parameter names, shapes, slots or dtypes differ.
-    """
-    saved = reader.json(SCALARS)
-    named = _named_parameters(optimizer, names)
-    _check_class(optimizer, saved)
-    _check_groups(optimizer, names, saved)
-    _check_parameters(named, saved)
-    devices = _scalar_devices(optimizer, names)
-    states = {
-        name: _new_state(optimizer.state.get(parameter, {}), parameter, name, saved, devices[name])
-        for name, parameter in named.items()
-    }
-    wanted = {slot: [] for slot in saved["slots"]}
-    for name, state in states.items():
-        for slot in saved["parameters"][name]["slots"]:
-            wanted[slot].append(Box.whole(name, state[slot]))
-    readers = {slot: reader.boxes(slot_stem(slot)) for slot in wanted}
-    for slot, boxes in wanted.items():
-        check_boxes(boxes, readers[slot])
+    def boxes(self, slot: str) -> Iterator[Box]:
+        """The boxes of one slot that this rank writes. Every rank of the data group iterates to the end."""
+        for number, piece in enumerate(self._pieces):
+            value = slots_of(self._container, piece.cell).get(slot)
+            if value is None:
+                continue
+            local = self._gathered(number, piece, value) if self._container.scattered else self._dealt(number, value)
+            if local is not None:
+                # A slot of another shape than its parameter's is no shard of it.
+                box = whole_box(piece.name, local, piece.shard if value.shape == piece.cell.key.shape else None)
+                if box is not None:
+                    yield box
 
-    for slot, boxes in wanted.items():
-        fill_boxes(boxes, readers[slot])
-    for name, parameter in named.items():
-        if states[name]:
-            optimizer.state[parameter] = states[name]
-        else:
-            optimizer.state.pop(parameter, None)
-    for group, entry in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update({key: decode_value(value) for key, value in entry["hyper"].items()})
+    def _dealt(self, number: int, value: Tensor) -> Tensor | None:
+        return value if number % self._topology.data == self._topology.data_rank else None
 
-
-def _named_parameters(optimizer: Optimizer, names: Names) -> dict[str, nn.Parameter]:
-    named: dict[str, nn.Parameter] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if parameter not in names:
-                raise CheckpointError(
-                    f"a parameter of shape {tuple(parameter.shape)} in optimizer group {number} belongs to no "
-                    "module of the model; build the optimizer from the model's own parameters"
-                )
-            named[names[parameter]] = parameter
-    return named
+    def _gathered(self, number: int, piece: _Piece, flat: Tensor) -> Tensor | None:
+        held = [ranges[number] for ranges in self._held]
+        size = len(held)
+        owner = max(range(size), key=lambda rank: (held[rank][1], -((rank - number) % size)))
+        mine = flat.narrow(0, piece.place.at, piece.place.numel)
+        parts = self._exchange.collect(
+            owner, mine if mine.numel() else None, [(n,) if n else None for _, n in held], flat.dtype
+        )
+        if not parts:
+            return None
+        local = torch.empty(whole_shape(piece.place.parameter), dtype=flat.dtype)
+        for (start, numel), part in zip(held, parts, strict=True):
+            local.view(-1).narrow(0, start, numel).copy_(part)
+        return local
 
 
-def _is_slot(key: str, value: Any, parameter: nn.Parameter) -> bool:
-    """A tensor with elements of its own; a step counter is none, even where the parameter has no dimensions either."""
-    return isinstance(value, Tensor) and (value.ndim > 0 or (parameter.ndim == 0 and key != "step"))
-
-
-def _file_safe(slot: str) -> str:
+def _check_file_name(slot: str) -> None:
     if not re.fullmatch(r"\w+", slot):
         raise CheckpointError(f"the optimizer's slot {slot!r} cannot be part of a file name; use letters, digits and _")
-    return slot
 
 
-def _encode_group(group: dict[str, Any], names: Names) -> dict[str, Any]:
-    hyper = {
-        key: encode_value(value, f"group setting {key!r}") for key, value in group.items() if key not in IMPLEMENTATION
-    }
-    return {"names": sorted(names[parameter] for parameter in group["params"]), "hyper": hyper}
+# Loading
 
 
-def _check_class(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    if saved["optimizer"] != type(optimizer).__name__:
-        raise CheckpointError(
-            f"the checkpoint's optimizer is {saved['optimizer']}, this run's is {type(optimizer).__name__}; "
-            "resume with the train.optim and train.precision that wrote it"
-        )
+def load_optimizer(
+    optimizer: Any,
+    names: Names,
+    shards: Shards,
+    reader: OptimizerReader,
+    topology: Topology | None = None,
+) -> None:
+    """Give the optimizer the saved state bit for bit, or change nothing. Every rank calls it, after the weights are in
+    place; no step needs to have been taken.
+
+    Each rank reads what it holds, whatever layout wrote it. Tensors that the optimizer already keeps are filled in
+    place, others are made beside the parameter. Group hyper-parameters are restored too, except those that choose an
+    implementation (`fused`, `foreach`, ...). Where masters are restored, the weights become what the masters round to;
+    where none were saved, masters become the weights.
+
+    Raises:
+        CheckpointError: on every rank, when class, groups, parameters, shapes, slots or dtypes differ on any.
+    """
+    topology = topology or Topology.single()
+    container = container_of(optimizer, topology.data_rank)
+    mine = together(topology, lambda: describe(container, names, shards))
+    stages = Exchange(topology, "pipeline", container.device).gather_objects(mine)
+    plan = together(topology, lambda: _Plan(container, names, shards, reader, merge(stages)))
+    together(topology, plan.carry_out)
+    container.relink()
+    if plan.restores_masters:
+        container.publish()
 
 
-def _check_groups(optimizer: Optimizer, names: Names, saved: dict[str, Any]) -> None:
-    found = [set(group["names"]) for group in saved["groups"]]
-    wanted = [{names[parameter] for parameter in group["params"]} for group in optimizer.param_groups]
-    if len(found) != len(wanted):
-        raise CheckpointError(f"the checkpoint's optimizer has {len(found)} groups, this run's has {len(wanted)}")
-    for number, (theirs, ours) in enumerate(zip(found, wanted, strict=True)):
-        if theirs != ours:
+@dataclass(frozen=True)
+class _Target:
+    """Elements of a slot that this rank wants: `elements` is where they go, flat."""
+
+    slot: str
+    rows: Rows
+    elements: Tensor
+
+    def check(self, reader: BoxReader) -> None:
+        box = self.rows.box(self.rows.buffer(self.elements.dtype, "meta"))
+        if box is not None:
+            check_boxes([box], reader)
+
+    def fill(self, reader: BoxReader) -> None:
+        buffer = self.rows.buffer(self.elements.dtype)
+        box = self.rows.box(buffer)
+        if box is not None:
+            fill_boxes([box], reader)
+        self.elements.copy_(self.rows.fragment(buffer))
+
+
+class _Plan:
+    """What loading will do, checked against the checkpoint and not yet done."""
+
+    def __init__(
+        self, container: Container, names: Names, shards: Shards, reader: OptimizerReader, ours: Document
+    ) -> None:
+        self._container, self._names, self._shards = container, names, shards
+        self._saved: Document = reader.json(SCALARS)
+        check_alike(self._saved, ours)
+        self._readers = {slot: reader.boxes(slot_stem(slot)) for slot in self._saved["slots"]}
+        self.restores_masters = MASTER in self._saved["slots"]
+        self._states: list[tuple[Cell, dict[str, Any]]] = []
+        self._targets: list[_Target] = []
+        self._boxes: dict[str, list[Box]] = {}
+        for cell in container.cells:
+            self._plan_cell(cell)
+        for target in self._targets:
+            target.check(self._readers[target.slot])
+        for slot, boxes in self._boxes.items():
+            check_boxes(boxes, self._readers[slot])
+
+    @torch.no_grad()
+    def carry_out(self) -> None:
+        """Read and fill everything."""
+        for cell, state in self._states:
+            self._prepare_flat(cell, state)
+        for target in self._targets:
+            target.fill(self._readers[target.slot])
+        for slot, boxes in self._boxes.items():
+            fill_boxes(boxes, self._readers[slot])
+        optimizer = self._container.optimizer
+        for cell, state in self._states:
+            if state:
+                optimizer.state[cell.key] = state
+            else:
+                optimizer.state.pop(cell.key, None)
+        self._restore_groups()
+
+    def _prepare_flat(self, cell: Cell, state: dict[str, Any]) -> None:
+        """Elements that nothing is read into: padding and parameters without moments are 0, masters are the weights."""
+        if not cell.flat:
+            return
+        for key, value in state.items():
+            if is_slot(key, value, cell):
+                value.zero_()
+        for place in cell.places:
+            cell.key.narrow(0, place.at, place.numel).copy_(place.weights)
+
+    def _plan_cell(self, cell: Cell) -> None:
+        entries = [self._saved["parameters"][self._names[place.parameter]] for place in cell.places]
+        current = self._container.optimizer.state.get(cell.key, {})
+        state: dict[str, Any] = {}
+        for entry in entries:
+            for slot, like in entry["slots"].items():
+                if slot not in state and not (cell.flat and slot == MASTER):
+                    held = current.get(slot)
+                    state[slot] = self._new_slot(cell, like) if held is None else held
+        self._check_nothing_is_lost(cell, current, state)
+        for place, entry in zip(cell.places, entries, strict=True):
+            for slot in entry["slots"]:
+                self._plan_slot(slot, cell, place, state.get(slot, cell.key))
+        if state or not cell.flat:
+            state.update(self._scalars(cell, entries))
+        self._states.append((cell, state))
+
+    def _new_slot(self, cell: Cell, like: dict[str, Any]) -> Tensor:
+        shape = like["shape"]
+        on_disk = self._saved["parameters"][self._names[cell.places[0].parameter]]["shape"]
+        if cell.flat or shape == on_disk:
+            shape = cell.key.shape
+        return torch.empty(shape, dtype=getattr(torch, like["dtype"]), device=cell.key.device)
+
+    def _plan_slot(self, slot: str, cell: Cell, place: Place, value: Tensor) -> None:
+        name = self._names[place.parameter]
+        if not cell.flat:
+            shard = self._shards.get(place.parameter) if value.shape == cell.key.shape else None
+            box = whole_box(name, value, shard)
+            if box is not None:
+                self._boxes.setdefault(slot, []).append(box)
+        elif place.numel:
+            shape, shard = whole_shape(place.parameter), self._shards.get(place.parameter)
+            rows = Rows.holding(name, shape, shard, place.start, place.numel)
+            self._targets.append(_Target(slot, rows, value.detach().narrow(0, place.at, place.numel)))
+
+    def _check_nothing_is_lost(self, cell: Cell, current: dict[str, Any], state: dict[str, Any]) -> None:
+        lost = {key for key, value in current.items() if is_slot(key, value, cell)} - set(state)
+        if lost:
+            name = self._names[cell.places[0].parameter]
+            raise CheckpointError(f"the checkpoint's optimizer lacks {sorted(lost)} of {name}, which this run's keeps")
+
+    def _scalars(self, cell: Cell, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        found = [entry["scalars"] for entry in entries if entry["scalars"]]
+        if any(scalars != found[0] for scalars in found):
+            first = self._names[cell.places[0].parameter]
             raise CheckpointError(
-                f"optimizer group {number} differs: only in the checkpoint {sorted(theirs - ours)[:5]}, "
-                f"only in this run {sorted(ours - theirs)[:5]}"
+                f"the parameters in the optimizer group of {first} have taken different numbers of steps, which ZeRO "
+                "cannot continue; resume with parallel.zero_stage=0"
             )
+        values = found[0] if found else {}
+        return {key: decode_value(value, scalar_device(cell)) for key, value in values.items()}
 
-
-def _check_parameters(named: dict[str, nn.Parameter], saved: dict[str, Any]) -> None:
-    for name, parameter in named.items():
-        shape = tuple(saved["parameters"][name]["shape"])
-        if shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{name} has shape {shape} in the checkpoint's optimizer and {tuple(parameter.shape)} in this run"
-            )
-
-
-def _new_state(
-    current: dict[str, Any], parameter: nn.Parameter, name: str, saved: dict[str, Any], scalar_device: torch.device
-) -> dict[str, Any]:
-    """The parameter's future state: its current tensors where it has them, empty ones elsewhere, and the scalars."""
-    entry = saved["parameters"][name]
-    lost = {key for key, value in current.items() if _is_slot(key, value, parameter)} - set(entry["slots"])
-    if lost:
-        raise CheckpointError(f"the checkpoint's optimizer lacks {sorted(lost)} of {name}, which this run's keeps")
-    state: dict[str, Any] = {}
-    for slot, like in entry["slots"].items():
-        held = current.get(slot)
-        if held is None:
-            held = torch.empty(like["shape"], dtype=getattr(torch, like["dtype"]), device=parameter.device)
-        state[slot] = held
-    state.update({key: decode_value(value, scalar_device) for key, value in entry["scalars"].items()})
-    return state
-
-
-def _scalar_devices(optimizer: Optimizer, names: Names) -> dict[str, torch.device]:
-    """Where torch keeps a step that is a tensor: beside the parameter if kernels read it, else on the host."""
-    return {
-        names[parameter]: parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    def _restore_groups(self) -> None:
+        hyper_of = {name: group["hyper"] for group in self._saved["groups"] for name in group["names"]}
+        for settings, members in self._container.groups:
+            if members:
+                hyper = hyper_of[self._names[members[0]]]
+                settings.update({key: decode_value(value) for key, value in hyper.items()})

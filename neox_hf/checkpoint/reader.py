@@ -14,8 +14,11 @@ from neox_hf.checkpoint.box_files import BoxFiles, open_file
 from neox_hf.checkpoint.directory import STATE, rank_file
 from neox_hf.checkpoint.manifest import Manifest
 from neox_hf.checkpoint.verify import verify_checkpoint
-from neox_hf.checkpoint.weights import INDEX, load_weights
+from neox_hf.checkpoint.weight_loading import load_weights
+from neox_hf.checkpoint.weights import INDEX
 from neox_hf.errors import CheckpointError
+from neox_hf.parallel.collectives import together
+from neox_hf.parallel.topology import Topology
 
 
 class Checkpoint:
@@ -61,9 +64,10 @@ class Checkpoint:
         handle: safe_open = open_file(self.file(rank_file(stem, rank, self.manifest.world_size)))
         return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
-    def load_weights(self, model: PreTrainedModel, *, cast: bool = False) -> None:
-        """Fill every parameter of `model`, the LM head included, or change nothing; see `weights.load_weights`."""
-        load_weights(model, self._weight_files(), cast=cast)
+    def load_weights(self, model: PreTrainedModel, *, cast: bool = False, topology: Topology | None = None) -> None:
+        """Fill what this rank holds of `model`, or change nothing; see `weight_loading.load_weights`."""
+        files = together(topology or Topology.single(), self._weight_files)
+        load_weights(model, files, cast=cast, topology=topology)
 
     def _weight_files(self) -> list[Path]:
         names = sorted(name for name in self._known if "/" not in name and name.endswith(".safetensors"))

@@ -1,8 +1,9 @@
 """Random number generators: their state in tensors and JSON, and what a resumed run does with it.
 
-The same world continues every generator bit for bit. A world of another size has no such state for its ranks: each
-rank then seeds all its generators from sha256(state of the saved rank 0, step, its rank, the new world size), so that
-the run is still a function of the recipe and of where it was interrupted.
+The same layout continues every generator bit for bit. Another one has no such state for its ranks: each rank then seeds
+all its generators from sha256(state of the saved rank 0, step, its pipeline and data rank, the new sizes), so that the
+run is still a function of the recipe and of where it was interrupted. The ranks of a tensor group get the same seed:
+where activations are replicated, their dropout masks must agree.
 """
 
 import hashlib
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neox_hf.checkpoint.manifest import Manifest
 from neox_hf.checkpoint.reader import Checkpoint
 from neox_hf.checkpoint.writer import CheckpointWriter
+from neox_hf.parallel.topology import AXES, Topology
 
 logger = logging.getLogger(__name__)
 
@@ -74,27 +77,37 @@ def write_rng(writer: CheckpointWriter) -> None:
     writer.write_tensors(STEM, state.tensors, {VALUES: json.dumps(state.values)})
 
 
-def restore_rng(checkpoint: Checkpoint, *, rank: int = 0, world_size: int = 1) -> None:
-    """Continue this rank's generators, or seed them anew, and say so, when the world has another size."""
-    saved_world = checkpoint.manifest.world_size
-    tensors, header = checkpoint.tensors(STEM, rank if saved_world == world_size else 0)
+def restore_rng(checkpoint: Checkpoint, topology: Topology) -> None:
+    """Continue this rank's generators, or seed them anew, and say so, when the run is laid out otherwise."""
+    theirs, ours = layout_of(checkpoint.manifest), {axis: getattr(topology, axis) for axis in AXES}
+    tensors, header = checkpoint.tensors(STEM, topology.rank if theirs == ours else 0)
     state = RngState(tensors, json.loads(header[VALUES]))
-    if saved_world == world_size:
+    if theirs == ours:
         set_rng_state(state)
         return
-    seed = _seed(state, checkpoint.manifest.step, rank, world_size)
+    seed = _seed(state, checkpoint.manifest.step, topology.pipeline_rank, topology.data_rank, *ours.values())
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # CUDA included
     logger.warning(
-        "%s was written by %d processes, this run has %d: rank %d seeds its random number generators with %d, derived "
+        "%s was written by %s processes, this run has %s: rank %d seeds its random number generators with %d, derived "
         "from the saved ones",
         checkpoint.path,
-        saved_world,
-        world_size,
-        rank,
+        _in_words(theirs),
+        _in_words(ours),
+        topology.rank,
         seed,
     )
+
+
+def layout_of(manifest: Manifest) -> dict[str, int]:
+    """Sizes of the axes of the run that wrote a checkpoint; all of it data parallel where its metadata says nothing."""
+    named = {"pipeline": 1, "data": manifest.world_size, "tensor": 1, **manifest.metadata}
+    return {axis: named[axis] for axis in AXES}
+
+
+def _in_words(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{size} {axis}" for axis, size in sizes.items())
 
 
 def _seed(state: RngState, *salt: object) -> int:

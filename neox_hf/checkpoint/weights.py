@@ -1,154 +1,153 @@
-"""A model's weights under the names the ecosystem uses on disk, out of the model and back into it.
+"""A model's weights on their way to disk: which file holds what, which rank writes it, how its tensors come there.
 
-transformers calls the LM head `lm_head` in memory and `embed_out` on disk, and has changed its mind before. The head is
-therefore found as the model's output embedding, and either spelling is read.
+The plan follows from the model and the topology alone. A file belongs to one pipeline stage and is written by one of
+its ranks; the tensor shards, or the ZeRO-3 partitions, of its tensors come there one tensor at a time.
 """
 
 import json
-import re
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from neox_hf.checkpoint.box_files import open_file, probe
-from neox_hf.errors import CheckpointError
+from neox_hf.checkpoint.exchange import Exchange
+from neox_hf.checkpoint.partitioned import is_partitioned, partition_of, partition_range
+from neox_hf.checkpoint.weight_names import Weight, weights_of
+from neox_hf.parallel.shards import Shard
+from neox_hf.parallel.topology import Topology
 
-HEAD_ON_DISK = "embed_out"
-HEAD_SPELLINGS = (HEAD_ON_DISK, "lm_head")
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_SIZE = "5GB"
-
-
-def save_weights(
-    model: PreTrainedModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | None = None,
-    shard_size: str = SHARD_SIZE,
-) -> None:
-    """Write what `from_pretrained` needs: configuration, generation configuration, safetensors, tokenizer.
-
-    dtype: cast floating-point weights on the way to disk; the model's own dtype when None.
-    """
-    state = model.state_dict() if dtype is None else _cast(model.state_dict(), dtype)
-    model.save_pretrained(directory, state_dict=state, max_shard_size=shard_size)
-    if dtype is not None:
-        config = directory / "config.json"
-        saved = {**json.loads(config.read_text()), "dtype": str(dtype).removeprefix("torch.")}
-        config.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
-    if tokenizer is not None:
-        _save_tokenizer(tokenizer, directory)
-
-
-def hf_names(model: PreTrainedModel) -> dict[nn.Parameter, str]:
-    """Each parameter's name on disk; a tied parameter has one."""
-    return {parameter: _spellings(model, name)[0] for name, parameter in model.named_parameters()}
-
-
-def load_weights(model: PreTrainedModel, files: list[Path], *, cast: bool = False) -> None:
-    """Fill every parameter and persistent buffer of `model` from safetensors files, or change nothing.
-
-    cast: accept floating-point weights of another dtype.
-
-    Raises:
-        CheckpointError: a name is missing, unknown or found twice, or a shape or dtype differs.
-    """
-    saved = _saved_weights(files)
-    places = _match(model, saved)
-    for name, target, source in places:
-        _check_alike(name, target, source, cast)
-    with torch.no_grad():
-        for _, target, source in places:
-            target.copy_(source.handle.get_tensor(source.key))
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class _SavedWeight:
-    handle: safe_open
-    key: str
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+class PlannedFile:
+    """One file of weights. stage: pipeline rank that holds them. number: of the file among those of its stage."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    stage: int
+    number: int
 
 
-def _saved_weights(files: list[Path]) -> dict[str, _SavedWeight]:
-    saved: dict[str, _SavedWeight] = {}
-    for file in files:
-        handle = open_file(file)
-        for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
-            if key in saved:
-                raise CheckpointError(f"{key} is in two files, {saved[key].file} and {file.name}")
-            saved[key] = _SavedWeight(handle, key, file.name, *probe(handle, key))
-    return saved
+def plan_files(weights: list[Weight], stages: list[int], bytes_of: dict[Weight, int], limit: int) -> list[PlannedFile]:
+    """Deal weights to files of at most `limit` bytes, a larger tensor alone in its own, in the order of the stages.
+
+    stages: of each weight.
+    """
+    runs: list[tuple[int, list[Weight]]] = []
+    room = 0
+    for stage, weight in sorted(zip(stages, weights, strict=True), key=lambda pair: pair[0]):
+        if not runs or runs[-1][0] != stage or bytes_of[weight] > room:
+            runs.append((stage, []))
+            room = limit
+        runs[-1][1].append(weight)
+        room -= bytes_of[weight]
+    names = [f"model-{at:05}-of-{len(runs):05}.safetensors" for at in range(1, len(runs) + 1)]
+    names = [SINGLE] if len(runs) == 1 else names
+    seen = [stage for stage, _ in runs]
+    return [
+        PlannedFile(name, tuple(members), stage, seen[:at].count(stage))
+        for at, (name, (stage, members)) in enumerate(zip(names, runs, strict=True))
+    ]
 
 
-def _match(model: PreTrainedModel, saved: dict[str, _SavedWeight]) -> list[tuple[str, Tensor, _SavedWeight]]:
-    """Pair every tensor of the model with the one saved tensor that is meant for it."""
-    names_of: dict[Tensor, list[str]] = {}  # tensors hash by identity: tied names meet in one entry
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names_of.setdefault(tensor, []).extend(_spellings(model, name))
-    places = []
-    for tensor, spellings in names_of.items():
-        found = [name for name in dict.fromkeys(spellings) if name in saved]
-        if not found:
-            raise CheckpointError(f"the checkpoint's weights lack {spellings[0]}, which the model has")
-        if len(found) > 1:
-            raise CheckpointError(
-                f"the model has one tensor for {' and '.join(found)}, the checkpoint has {len(found)}"
-            )
-        places.append((found[0], tensor, saved[found[0]]))
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    unknown = saved.keys() - {name for name, _, _ in places}
-    unknown = sorted(name for name in unknown if not any(re.search(pattern, name) for pattern in ignored))
-    if unknown:
-        raise CheckpointError(f"the checkpoint's weights hold {', '.join(unknown[:5])}, which the model lacks")
-    return places
+class WeightFiles:
+    """The weight files of a model under a topology. Every rank constructs it, and iterates over `mine` to the end.
+
+    copies: give tensors in host memory that nobody will change; otherwise some are the model's own.
+    index: content of the index; None where one file holds everything.
+    """
+
+    METADATA: ClassVar[dict[str, str]] = {"format": "pt"}
+    INDEX: ClassVar[str] = INDEX
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        topology: Topology,
+        dtype: torch.dtype | None = None,
+        limit: int = SHARD_BYTES,
+        copies: bool = False,
+    ) -> None:
+        self._topology, self._dtype, self._copies = topology, dtype, copies
+        weights = weights_of(model)
+        self._partitioned = any(is_partitioned(weight.tensor) for weight in weights)
+        device = next(weight.tensor.device for weight in weights if weight.is_local)
+        self._tensor = Exchange(topology, "tensor", device)
+        self._data = Exchange(topology, "data", device) if self._partitioned else None
+        local = {weight.name for weight in weights if weight.is_local}
+        holders = Exchange(topology, "pipeline", device).gather_objects(local)
+        stages = [next(at for at, names in enumerate(holders) if weight.name in names) for weight in weights]
+        sizes = {weight: math.prod(weight.shape) * self._dtype_of(weight).itemsize for weight in weights}
+        self.files = plan_files(weights, stages, sizes, limit)
+        self.index = self._index(sizes) if len(self.files) > 1 else None
+
+    def mine(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The files that this rank writes, one at a time: name, and whole tensors under their names on disk."""
+        here = self._topology
+        for file in self.files:
+            # The data ranks take turns first, so that their tensor groups gather at the same time.
+            data, tensor = file.number % here.data, file.number // here.data % here.tensor
+            if file.stage != here.pipeline_rank or (here.data_rank != data and not self._partitioned):
+                continue
+            gathered = {weight.name: self._gather(weight, data, tensor) for weight in file.weights}
+            if (data, tensor) == (here.data_rank, here.tensor_rank):
+                yield file.name, gathered
+
+    def _gather(self, weight: Weight, data: int, tensor: int) -> Tensor | None:
+        """The whole tensor, on the rank at these places of the data and the tensor group; every rank of it calls."""
+        if is_partitioned(weight.tensor):
+            whole = self._from_partitions(weight, data)
+        elif weight.shard is not None:
+            whole = self._from_shards(weight, weight.shard, tensor)
+        else:
+            own = weight.tensor.detach()
+            whole = own.to("cpu", copy=True) if self._copies else own
+        return None if whole is None else whole.to(self._dtype_of(weight))
+
+    def _from_shards(self, weight: Weight, mine: Shard, owner: int) -> Tensor | None:
+        shards = siblings(mine, weight.tensor.shape[mine.dim], self._tensor.size)
+        shapes = [(*s.shape[: s.dim], s.length, *s.shape[s.dim + 1 :]) if s.length else None for s in shards]
+        part = mine.real(weight.tensor.detach()) if mine.length else None
+        parts = self._tensor.collect(owner, part, shapes, weight.dtype)
+        if not parts:
+            return None
+        whole = torch.empty(weight.shape, dtype=weight.dtype)
+        for shard, part in zip(shards, parts, strict=True):
+            if shard.length:
+                shard.cut(whole).copy_(part)
+        return whole
+
+    def _from_partitions(self, weight: Weight, owner: int) -> Tensor | None:
+        ranges = [partition_range(weight.tensor, rank) for rank in range(self._data.size)]
+        mine = partition_of(weight.tensor, self._topology.data_rank)
+        shapes = [(numel,) if numel else None for _, numel in ranges]
+        parts = self._data.collect(owner, mine if mine.numel() else None, shapes, weight.dtype)
+        if not parts:
+            return None
+        whole = torch.empty(weight.shape, dtype=weight.dtype)
+        for (start, numel), part in zip(ranges, parts, strict=True):
+            whole.view(-1).narrow(0, start, numel).copy_(part)
+        return whole
+
+    def _dtype_of(self, weight: Weight) -> torch.dtype:
+        return self._dtype if self._dtype is not None and weight.dtype.is_floating_point else weight.dtype
+
+    def _index(self, sizes: dict[Weight, int]) -> bytes:
+        metadata = {
+            "total_parameters": sum(math.prod(weight.shape) for weight in sizes),
+            "total_size": sum(sizes.values()),
+        }
+        places = {weight.name: file.name for file in self.files for weight in file.weights}
+        return (json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _check_alike(name: str, target: Tensor, source: _SavedWeight, cast: bool) -> None:
-    if source.shape != tuple(target.shape):
-        raise CheckpointError(
-            f"{name} has shape {source.shape} in {source.file} and {tuple(target.shape)} in the model; "
-            "use the model section of the recipe that wrote it"
-        )
-    floating = source.dtype.is_floating_point and target.dtype.is_floating_point
-    if source.dtype != target.dtype and not (cast and floating):
-        raise CheckpointError(
-            f"{name} is {source.dtype} in {source.file} and {target.dtype} in the model; "
-            "use the train.precision that wrote it"
-        )
-
-
-def _spellings(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """Names on disk for a name in the model, the one we write first."""
-    head = model.get_output_embeddings()
-    if head is None or model.base_model_prefix != "gpt_neox":
-        return (name,)
-    prefix = next(path for path, module in model.named_modules() if module is head)
-    if not name.startswith(f"{prefix}."):
-        return (name,)
-    return tuple(spelling + name.removeprefix(prefix) for spelling in HEAD_SPELLINGS)
-
-
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    # One copy per storage, so that transformers still sees which weights are tied.
-    copies: dict[tuple, Tensor] = {}
-    for tensor in state.values():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in copies:
-            copies[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
-
-
-def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    try:
-        tokenizer.save_pretrained(directory)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        # The tokenizers library reports a failed write as a bare Exception.
-        raise OSError(f"the tokenizer was not written: {error}") from error
+def siblings(mine: Shard, share: int, size: int) -> list[Shard]:
+    """The shards of all `size` tensor ranks, from one of them and its length in memory, padding included."""
+    return [Shard.of_rank(mine.dim, mine.shape, rank, size, padded=share * size) for rank in range(size)]

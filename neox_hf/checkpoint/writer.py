@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neox_hf.checkpoint.box_files import save_boxes
+from neox_hf.checkpoint.box_files import pack_boxes
 from neox_hf.checkpoint.boxes import Box
 from neox_hf.checkpoint.directory import (
     MANIFEST,
@@ -39,9 +38,12 @@ from neox_hf.checkpoint.durable import (
     writing,
 )
 from neox_hf.checkpoint.manifest import FileRecord, Manifest
+from neox_hf.checkpoint.model_files import save_model_files
+from neox_hf.checkpoint.tensor_file import write_tensors
 from neox_hf.checkpoint.verify import is_safe
-from neox_hf.checkpoint.weights import SHARD_SIZE, save_weights
+from neox_hf.checkpoint.weights import SHARD_BYTES, WeightFiles
 from neox_hf.errors import CheckpointError
+from neox_hf.parallel.topology import Topology
 from neox_hf.version import versions
 
 
@@ -50,6 +52,8 @@ class CheckpointWriter:
 
     Rank 0 must hold the directory's `OutputLock`. `barrier` returns when every rank has called it. All ranks construct
     the writer and commit; in between each writes what it has. `path` is where the files lie until the commit.
+
+    deferred: tensors are copied to host memory at once and written by `write_deferred`, in whatever thread calls it.
 
     Raises:
         CheckpointError: here and in every method, when something cannot be written; earlier checkpoints remain.
@@ -63,12 +67,15 @@ class CheckpointWriter:
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
+        deferred: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.step, self.rank, self.world_size = step, rank, world_size
         self.path = unfinished_path(self.output_dir, step)
+        self.deferred = deferred
         self._barrier = barrier
-        self._written: set[str] = set()
+        self._sums: dict[str, str | None] = {}
+        self._waiting: list[tuple[str, dict[str, Tensor], Mapping[str, str]]] = []
         if rank == 0:
             with writing(self.path):
                 self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -84,26 +91,38 @@ class CheckpointWriter:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        topology: Topology | None = None,
         dtype: torch.dtype | None = None,
-        shard_size: str = SHARD_SIZE,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Rank 0 writes what `from_pretrained` needs; the other ranks hold the same weights and write nothing."""
-        if self.rank != 0:
-            return
-        work = self.path / "weights"
+        """Write what `from_pretrained` needs. Every rank calls it.
+
+        topology: how the model is split; by default every rank holds all of it.
+        dtype: cast floating-point weights on the way to disk. shard_bytes: most that one weights file holds.
+        """
+        topology = topology or Topology(data=self.world_size, rank=self.rank)
+        files = WeightFiles(model, topology, dtype, shard_bytes, copies=self.deferred)
         with writing(self.path):
-            save_weights(model, work, tokenizer, dtype, shard_size)
-            self._adopt(work)
+            for name, tensors in files.mine():
+                self._put(name, tensors, files.METADATA, copied=True)
+            if self.rank == 0:
+                if files.index is not None:
+                    self.write_bytes(files.INDEX, files.index)
+                work = self.path / "model"
+                save_model_files(model, work, tokenizer, dtype)
+                self._adopt(work)
 
-    def write_boxes(self, stem: str, boxes: Iterable[Box]) -> None:
-        """Write this rank's boxes into `state/<stem>-<rank>-of-<world>.safetensors`."""
-        with self._new_file(self._rank_file(stem)) as path:
-            save_boxes(path, boxes)
+    def write_boxes(self, stem: str, boxes: Iterable[Box], *, copied: bool = False) -> None:
+        """Write this rank's boxes into `state/<stem>-<rank>-of-<world>.safetensors`.
 
-    def write_tensors(self, stem: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        copied: nobody will change the tensors of the boxes any more.
+        """
+        self._put(self._rank_file(stem), *pack_boxes(boxes), copied=copied)
+
+    def write_tensors(self, stem: str, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write tensors that belong to this rank alone into `state/<stem>-<rank>-of-<world>.safetensors`."""
-        with self._new_file(self._rank_file(stem)) as path:
-            save_file(tensors, path, metadata=metadata)
+        self._put(self._rank_file(stem), tensors, metadata)
 
     def write_json(self, relative_path: str, obj: Any) -> None:
         """Write a JSON file, such as `trainer_state.json` or `state/data.json`."""
@@ -119,34 +138,50 @@ class CheckpointWriter:
 
         metadata: the run's own facts for the manifest, such as samples and tokens consumed; rank 0's are kept.
         """
+        self.write_deferred()
+        self.seal()
+        self._barrier()
+        if self.rank == 0:
+            self.finish(metadata)
+        self._barrier()
+        return finished_path(self.output_dir, self.step)
+
+    def finish(self, metadata: Mapping[str, Any] | None = None) -> Path:
+        """Rank 0's part of a commit, once all ranks have sealed theirs; returns the checkpoint's path."""
         final = finished_path(self.output_dir, self.step)
         with writing(final):
-            self.seal()
-            self._barrier()
-            if self.rank == 0:
-                self.write_manifest(dict(metadata or {}))
-                self.make_names_durable()
-                self.set_aside(final)
-                self.rename(final)
-                self.remove_set_aside()
-            self._barrier()
+            self.write_manifest(dict(metadata or {}))
+            self.make_names_durable()
+            self.set_aside(final)
+            self.rename(final)
+            self.remove_set_aside()
         return final
 
     # The phases of a commit, in their order.
 
+    def write_deferred(self) -> None:
+        """Write the tensors that wait in host memory, and free them."""
+        while self._waiting:
+            self._write_file(*self._waiting.pop(0))
+
     def seal(self) -> None:
         """Bring this rank's files to the disk and leave a record of their sizes and sums for rank 0."""
-        names = sorted(self._written)
-        paths = [self.path / name for name in names]
-        for path in paths:
-            allow_usual_readers(path)
-            sync_file(path)
-        sums = sha256_of_all(paths)
-        records = [
-            asdict(FileRecord(name, path.stat().st_size, digest))
-            for name, path, digest in zip(names, paths, sums, strict=True)
-        ]
-        write_durably(self._done_record(self.rank), json.dumps(records).encode())
+        with writing(self.path):
+            for name in self._sums:
+                allow_usual_readers(self.path / name)
+                sync_file(self.path / name)
+            unknown = [name for name, digest in self._sums.items() if digest is None]
+            sums = {**self._sums, **dict(zip(unknown, sha256_of_all([self.path / n for n in unknown]), strict=True))}
+            records = [asdict(FileRecord(name, (self.path / name).stat().st_size, sums[name])) for name in sorted(sums)]
+            done = self._done_record(self.rank)
+            # Renamed when whole: rank 0 may be looking for it.
+            part = done.with_suffix(".part")
+            write_durably(part, json.dumps(records).encode())
+            os.rename(part, done)
+
+    def unsealed_ranks(self) -> list[int]:
+        """The ranks that have left no done record yet."""
+        return [rank for rank in range(self.world_size) if not self._done_record(rank).exists()]
 
     def write_manifest(self, metadata: dict[str, Any]) -> None:
         """Merge the ranks' records into the manifest."""
@@ -188,13 +223,29 @@ class CheckpointWriter:
         if aside.exists():
             remove_checkpoint(aside)
 
+    def _put(
+        self, relative_path: str, tensors: dict[str, Tensor], metadata: Mapping[str, str], copied: bool = False
+    ) -> None:
+        if not self.deferred:
+            self._write_file(relative_path, tensors, metadata)
+        elif copied:
+            self._waiting.append((relative_path, tensors, metadata))
+        else:
+            host = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+            self._waiting.append((relative_path, host, metadata))
+
+    def _write_file(self, relative_path: str, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+        with self._new_file(relative_path) as path:
+            digest = write_tensors(path, tensors, metadata)
+        self._sums[relative_path] = digest
+
     def _adopt(self, folder: Path) -> None:
         """Move the files of a folder of the checkpoint up to its top level; the commit will know them."""
         for file in [path for path in folder.rglob("*") if path.is_file()]:
             relative = file.relative_to(folder)
             (self.path / relative).parent.mkdir(parents=True, exist_ok=True)
             os.rename(file, self.path / relative)
-            self._written.add(relative.as_posix())
+            self._sums[relative.as_posix()] = None
         shutil.rmtree(folder)
 
     def _rank_file(self, stem: str) -> str:
@@ -211,4 +262,4 @@ class CheckpointWriter:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
-        self._written.add(relative_path)
+        self._sums[relative_path] = None

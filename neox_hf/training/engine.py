@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
+from neox_hf.parallel.shards import shards_of
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -81,10 +82,12 @@ class NativeEngine:
         return Trainer.evaluation_loop(self.trainer, batches, **loop)
 
     def save_boxes(self, writer: CheckpointWriter) -> None:
-        write_optimizer(writer, self._optimizer(), hf_names(self.trainer.model))
+        model = self.trainer.model
+        write_optimizer(writer, self._optimizer(), hf_names(model), shards_of(model), self.topology)
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:
-        load_optimizer(self._optimizer(), hf_names(self.trainer.model), checkpoint)
+        model = self.trainer.model
+        load_optimizer(self._optimizer(), hf_names(model), shards_of(model), checkpoint, self.topology)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.trainer.optimizer

@@ -53,7 +53,7 @@ class RunState:
         )
         data = self._gather_data_state()
         self._note_best()
-        writer.write_weights(trainer.model, trainer.processing_class)
+        writer.write_weights(trainer.model, trainer.processing_class, topology=topology)
         if topology.rank == 0:
             self._write_documents(writer, data)
         if not trainer.args.save_only_model:
@@ -82,8 +82,7 @@ class RunState:
 
     def load_rng(self, checkpoint: Checkpoint) -> None:
         """Give this rank its random states back, last before the first step."""
-        topology = self.trainer.topology
-        restore_rng(checkpoint, rank=topology.rank, world_size=topology.world_size)
+        restore_rng(checkpoint, self.trainer.topology)
 
     def _write_documents(self, writer: CheckpointWriter, data: dict[str, Any] | None) -> None:
         trainer = self.trainer

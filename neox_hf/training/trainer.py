@@ -303,7 +303,7 @@ class NeoXTrainer(Trainer):
             self.publisher.publish_step(path, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._checkpoint_at(resume_from_checkpoint).load_weights(model or self.model)
+        self._checkpoint_at(resume_from_checkpoint).load_weights(model or self.model, topology=self.topology)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -323,9 +323,15 @@ class NeoXTrainer(Trainer):
         return open_checkpoint(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model and its tokenizer, on rank 0, so that `from_pretrained` loads them; each file atomically."""
-        if self.args.should_save:
-            write_final(self.model, self.processing_class, Path(output_dir or self.args.output_dir), {})
+        """Write the model and its tokenizer so that `from_pretrained` loads them; each file atomically.
+
+        Where no rank holds the whole model, every rank must call it.
+        """
+        path = Path(output_dir or self.args.output_dir)
+        if self.topology.splits_model or self.is_deepspeed_enabled:
+            write_final(self.model, self.processing_class, path, topology=self.topology)
+        elif self.args.should_save:
+            write_final(self.model, self.processing_class, path)
 
     def publish(self, wait_seconds: float | None = None) -> PublishReport | None:
         """Push what lies in the output directory to `main`, and wait for all uploads; None without a publisher.

@@ -7,14 +7,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from neox_hf.checkpoint.box_files import BoxFiles, save_boxes
+from neox_hf.checkpoint.box_files import BoxFiles, pack_boxes
 from neox_hf.checkpoint.boxes import Box
+from neox_hf.checkpoint.tensor_file import write_tensors
 from neox_hf.errors import CheckpointError
 
 
 def test_the_header_tells_the_geometry(tmp_path):
     path = tmp_path / "x.safetensors"
-    save_boxes(path, [Box("w", (2, 0), (8, 3), torch.ones(2, 3)), Box.whole("v", torch.ones(5))])
+    write_tensors(path, *pack_boxes([Box("w", (2, 0), (8, 3), torch.ones(2, 3)), Box.whole("v", torch.ones(5))]))
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {"w[2:4,0:3]", "v"}
         assert json.loads(file.metadata()["boxes"])["w[2:4,0:3]"] == {"name": "w", "offsets": [2, 0], "shape": [8, 3]}
@@ -25,7 +26,7 @@ def test_the_header_tells_the_geometry(tmp_path):
 def test_views_that_share_storage_are_saved(tmp_path):
     flat = torch.arange(12.0)
     path = tmp_path / "x.safetensors"
-    save_boxes(path, [Box.whole("a", flat[:6].view(2, 3)), Box.whole("b", flat[6:].view(3, 2).t())])
+    write_tensors(path, *pack_boxes([Box.whole("a", flat[:6].view(2, 3)), Box.whole("b", flat[6:].view(3, 2).t())]))
     reader = BoxFiles([path])
     (b,) = reader.find("b")
     assert torch.equal(reader.read(b, (slice(0, 2), slice(0, 3))), flat[6:].view(3, 2).t())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from neox_hf.checkpoint.box_files import BoxFiles, save_boxes
+from neox_hf.checkpoint.box_files import BoxFiles, pack_boxes
 from neox_hf.checkpoint.boxes import Box, SavedBox, check_boxes, fill_boxes, intersect
+from neox_hf.checkpoint.tensor_file import write_tensors
 from neox_hf.errors import CheckpointError
 
 
@@ -77,7 +78,7 @@ def test_any_cut_survives_the_files_of_several_ranks(tmp_path: Path, seed, dtype
     saved = cuts_of(tensors, pick)
     paths = [tmp_path / f"rank{rank}.safetensors" for rank in range(3)]
     for rank, path in enumerate(paths):
-        save_boxes(path, saved[rank::3])
+        write_tensors(path, *pack_boxes(saved[rank::3]))
     empty = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     reader = BoxFiles(paths)
     fill_boxes(cuts_of(empty, pick), reader)

@@ -43,14 +43,14 @@ def test_the_final_model_lies_in_the_output_directory(build_model, tmp_path):
     assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
-SIZES = {"one file": "5GB", "shards": "10KB"}
+SIZES = {"one file": 10**9, "shards": 10_000}
 
 
 @pytest.mark.parametrize("old", SIZES)
 @pytest.mark.parametrize("new", SIZES)
 def test_the_earlier_model_is_replaced_whole(tmp_path, old, new):
-    write_final(constant(1.0), None, tmp_path, shard_size=SIZES[old])
-    write_final(constant(2.0), None, tmp_path, shard_size=SIZES[new])
+    write_final(constant(1.0), None, tmp_path, shard_bytes=SIZES[old])
+    write_final(constant(2.0), None, tmp_path, shard_bytes=SIZES[new])
     assert values_in(tmp_path) == {2.0}
     assert (tmp_path / INDEX).exists() == (new == "shards")
     assert (tmp_path / "model.safetensors").exists() == (new == "one file")
@@ -63,7 +63,7 @@ def test_stopped_anywhere_it_is_no_mixture(tmp_path, monkeypatch, old, new):
     replace, stop_before, seen = os.replace, 0, []
     finished = False
     while not finished:
-        write_final(constant(1.0), None, tmp_path, shard_size=SIZES[old])
+        write_final(constant(1.0), None, tmp_path, shard_bytes=SIZES[old])
         calls = 0
 
         def stopping(source, target, limit=stop_before):
@@ -76,7 +76,7 @@ def test_stopped_anywhere_it_is_no_mixture(tmp_path, monkeypatch, old, new):
         with monkeypatch.context() as patch:
             patch.setattr("os.replace", stopping)
             try:
-                write_final(constant(2.0), None, tmp_path, shard_size=SIZES[new])
+                write_final(constant(2.0), None, tmp_path, shard_bytes=SIZES[new])
                 finished = True
             except KeyboardInterrupt:
                 stop_before += 1

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from neox_hf.checkpoint import CheckpointWriter, load_optimizer, open_checkpoint, optimizer_boxes, write_optimizer
+from neox_hf.checkpoint import CheckpointWriter, load_optimizer, open_checkpoint, write_optimizer
 from neox_hf.errors import CheckpointError
 
 
@@ -151,7 +151,7 @@ def test_state_comes_back_and_continues_equally(tmp_path, name):
     resumed = net(seed=1)
     resumed.load_state_dict(model.state_dict())
     other = OPTIMIZERS[name](groups_of(resumed))
-    load_optimizer(other, names_of(resumed), checkpoint)
+    load_optimizer(other, names_of(resumed), {}, checkpoint)
     assert_same_state(other, optimizer)
     train(model, optimizer, steps=3, first=4)
     train(resumed, other, steps=3, first=4)
@@ -169,7 +169,7 @@ def test_tensors_that_the_optimizer_keeps_are_filled_in_place(tmp_path):
     del resumed.unused
     other = MasterSGD(resumed.parameters())
     master = other.state[resumed.first.weight]["master"]
-    load_optimizer(other, names_of(resumed), checkpoint)
+    load_optimizer(other, names_of(resumed), {}, checkpoint)
     assert other.state[resumed.first.weight]["master"] is master
     assert master.dtype == torch.float32
     assert_same_state(other, optimizer)
@@ -183,11 +183,11 @@ def test_loading_replaces_an_older_state(tmp_path):
     used = save(optimizer, model, tmp_path / "used")
     wanted = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, steps=2)
-    load_optimizer(optimizer, names_of(model), used)
+    load_optimizer(optimizer, names_of(model), {}, used)
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], wanted["state"][0]["exp_avg"])
     assert optimizer.state_dict()["state"][0]["step"] == 2
     with pytest.raises(CheckpointError, match=r"lacks \['exp_avg', 'exp_avg_sq'\] of net\.first\.weight"):
-        load_optimizer(optimizer, names_of(model), fresh)
+        load_optimizer(optimizer, names_of(model), {}, fresh)
 
 
 def test_how_a_step_is_carried_out_is_this_machines_choice(tmp_path):
@@ -195,22 +195,24 @@ def test_how_a_step_is_carried_out_is_this_machines_choice(tmp_path):
     optimizer = torch.optim.AdamW(groups_of(model), fused=True)
     train(model, optimizer, steps=1)
     other = torch.optim.AdamW(groups_of(model), foreach=False)
-    load_optimizer(other, names_of(model), save(optimizer, model, tmp_path))
+    load_optimizer(other, names_of(model), {}, save(optimizer, model, tmp_path))
     assert (other.param_groups[0]["fused"], other.param_groups[0]["foreach"]) == (None, False)
     train(model, other, steps=1)
 
 
-def test_slots_are_boxes_that_copy_nothing():
+def test_what_lies_on_disk(tmp_path):
     model = net()
     optimizer = torch.optim.AdamW(groups_of(model))
     train(model, optimizer, steps=1)
-    saved = optimizer_boxes(optimizer, names_of(model))
-    assert set(saved.slots) == {"exp_avg", "exp_avg_sq"}
-    box = saved.slots["exp_avg"][0]
-    assert box.name == "net.first.weight"
-    assert box.tensor is optimizer.state[model.first.weight]["exp_avg"]
-    assert saved.scalars["parameters"]["net.first.weight"]["scalars"]["step"] == {"tensor": "float32", "value": 1.0}
-    assert saved.scalars["parameters"]["net.unused"]["slots"] == {}
+    checkpoint = save(optimizer, model, tmp_path)
+    saved = checkpoint.json("state/optimizer.json")
+    assert saved["optimizer"] == "AdamW"
+    assert saved["slots"] == ["exp_avg", "exp_avg_sq"]
+    assert saved["groups"][0]["names"] == ["net.first.weight", "net.second.weight"]
+    assert saved["parameters"]["net.first.weight"]["scalars"]["step"] == {"tensor": "float32", "value": 1.0}
+    assert saved["parameters"]["net.unused"]["slots"] == {}
+    (box,) = checkpoint.boxes("optimizer.exp_avg").find("net.first.weight")
+    assert (box.extent, box.shape) == ((4, 5), (4, 5))
 
 
 def test_floats_keep_every_bit(tmp_path):
@@ -219,7 +221,7 @@ def test_floats_keep_every_bit(tmp_path):
     train(model, optimizer, steps=1)
     optimizer.state[model.scale]["ratio"] = math.inf
     other = Lion(groups_of(model))
-    load_optimizer(other, names_of(model), save(optimizer, model, tmp_path))
+    load_optimizer(other, names_of(model), {}, save(optimizer, model, tmp_path))
     assert other.param_groups[0]["lr"] == math.nextafter(0.1, 1)
     assert other.state[model.scale]["ratio"] == math.inf
 
@@ -231,10 +233,23 @@ def test_floats_keep_every_bit(tmp_path):
             lambda model, groups: torch.optim.Adam(groups),
             "the checkpoint's optimizer is AdamW, this run's is Adam; resume",
         ),
-        (lambda model, groups: torch.optim.AdamW(groups[:1]), "optimizer has 2 groups, this run's has 1"),
         (
             lambda model, groups: torch.optim.AdamW([{"params": [model.first.weight]}, groups[1]]),
-            r"group 0 differs: only in the checkpoint \['net\.second\.weight'\], only in this run \[\]",
+            r"parameters differ: only in the checkpoint \['net\.second\.weight'\], only in this run \[\]",
+        ),
+        (
+            lambda model, groups: torch.optim.AdamW(model.parameters()),
+            r"first\.bias and net\.first\.weight are in optimizer groups with different .* in the checkpoint only",
+        ),
+        (
+            lambda model, groups: torch.optim.AdamW(
+                [
+                    {**groups[0], "eps": 1e-5, "params": [model.first.weight]},
+                    {**groups[0], "params": [model.second.weight]},
+                    groups[1],
+                ]
+            ),
+            r"first\.weight and net\.second\.weight are in optimizer groups with different .* in this run only",
         ),
     ],
 )
@@ -245,7 +260,7 @@ def test_another_optimizer_is_refused_and_unchanged(tmp_path, change, message):
     checkpoint = save(optimizer, model, tmp_path)
     other = change(model, groups_of(model))
     with pytest.raises(CheckpointError, match=message):
-        load_optimizer(other, names_of(model), checkpoint)
+        load_optimizer(other, names_of(model), {}, checkpoint)
     assert not other.state
 
 
@@ -254,7 +269,7 @@ def test_another_shape_is_refused(tmp_path):
     checkpoint = save(torch.optim.AdamW(groups_of(model)), model, tmp_path)
     other.first = nn.Linear(6, 4)
     with pytest.raises(CheckpointError, match=r"net\.first\.weight has shape \(4, 5\) .* and \(4, 6\) in this run"):
-        load_optimizer(torch.optim.AdamW(groups_of(other)), names_of(other), checkpoint)
+        load_optimizer(torch.optim.AdamW(groups_of(other)), names_of(other), {}, checkpoint)
 
 
 def test_another_dtype_of_a_slot_is_refused_and_unchanged(tmp_path):
@@ -266,42 +281,42 @@ def test_another_dtype_of_a_slot_is_refused_and_unchanged(tmp_path):
     last["exp_avg_sq"] = last["exp_avg_sq"].double()
     first = optimizer.state[model.first.weight]["exp_avg"].zero_()
     with pytest.raises(CheckpointError, match=r"net\.scale is torch\.float32 .* torch\.float64 in this run"):
-        load_optimizer(optimizer, names_of(model), checkpoint)
+        load_optimizer(optimizer, names_of(model), {}, checkpoint)
     assert not first.any()
 
 
-def test_a_parameter_without_a_name_is_refused():
+def test_a_parameter_without_a_name_is_refused(tmp_path):
     model = net()
     optimizer = torch.optim.AdamW([*model.parameters(), nn.Parameter(torch.zeros(7, 7))])
     with pytest.raises(
         CheckpointError, match=r"a parameter of shape \(7, 7\) in optimizer group 0 belongs to no module"
     ):
-        optimizer_boxes(optimizer, names_of(model))
+        save(optimizer, model, tmp_path)
 
 
-def test_state_of_no_parameter_is_refused():
+def test_state_of_no_parameter_is_refused(tmp_path):
     model = net()
     optimizer = torch.optim.AdamW(groups_of(model))
     optimizer.state["calls"] = 3
     with pytest.raises(CheckpointError, match="keeps state for 'calls', which is no parameter"):
-        optimizer_boxes(optimizer, names_of(model))
+        save(optimizer, model, tmp_path)
 
 
 @pytest.mark.parametrize(("value", "kind"), [({"a": 1}, "dict"), (torch.zeros((), dtype=torch.cfloat), "Tensor")])
-def test_what_only_pickle_could_save_is_refused(value, kind):
+def test_what_only_pickle_could_save_is_refused(tmp_path, value, kind):
     model = net()
     optimizer = torch.optim.AdamW(groups_of(model))
     optimizer.state[model.scale]["odd"] = value if kind == "dict" else [value]
     with pytest.raises(CheckpointError, match=rf"state 'odd' of net\.scale is a {kind}, which cannot be saved"):
-        optimizer_boxes(optimizer, names_of(model))
+        save(optimizer, model, tmp_path)
 
 
-def test_a_slot_with_an_odd_name_is_refused():
+def test_a_slot_with_an_odd_name_is_refused(tmp_path):
     model = net()
     optimizer = torch.optim.AdamW(groups_of(model))
     optimizer.state[model.first.weight]["../x"] = torch.zeros(2)
     with pytest.raises(CheckpointError, match=r"slot '../x' cannot be part of a file name"):
-        optimizer_boxes(optimizer, names_of(model))
+        save(optimizer, model, tmp_path)
 
 
 @pytest.mark.parametrize("world_size", [2, 20])
@@ -319,7 +334,7 @@ def test_parameters_are_dealt_to_the_ranks(tmp_path, world_size):
     checkpoint = open_checkpoint(writers[0].commit())
     assert len(list((checkpoint.path / "state").glob("optimizer.exp_avg-*"))) == world_size
     other = torch.optim.AdamW(groups_of(model))
-    load_optimizer(other, names_of(model), checkpoint)
+    load_optimizer(other, names_of(model), {}, checkpoint)
     assert_same_state(other, optimizer)
 
 
@@ -332,6 +347,6 @@ def test_state_on_a_device_comes_back_there(tmp_path, settings):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     other = torch.optim.AdamW(groups_of(model), **settings)
-    load_optimizer(other, names_of(model), save(optimizer, model, tmp_path))
+    load_optimizer(other, names_of(model), {}, save(optimizer, model, tmp_path))
     assert_same_state(other, optimizer)
     other.step()

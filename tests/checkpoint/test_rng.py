@@ -11,6 +11,7 @@ import torch
 
 from neox_hf.checkpoint import CheckpointWriter, open_checkpoint, restore_rng, rng_state, write_rng
 from neox_hf.checkpoint.rng import set_rng_state
+from neox_hf.parallel.topology import Topology
 
 
 def seed_all(seed: int) -> None:
@@ -49,7 +50,7 @@ def test_every_generator_continues(tmp_path):
     path = write(tmp_path)
     wanted = [draw() for _ in range(4)]
     seed_all(6)
-    restore_rng(open_checkpoint(path))
+    restore_rng(open_checkpoint(path), Topology.single())
     assert [draw() for _ in range(4)] == wanted
 
 
@@ -65,12 +66,12 @@ def test_each_rank_has_its_own_file(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path, world_size=2))
     for rank in range(2):
         assert checkpoint.has(f"state/rng-{rank}-of-2.safetensors")
-        restore_rng(checkpoint, rank=rank, world_size=2)
+        restore_rng(checkpoint, Topology(data=2, rank=rank))
 
 
 def drawn_after_restore(checkpoint, rank: int, world_size: int) -> list[float]:
     seed_all(99)
-    restore_rng(checkpoint, rank=rank, world_size=world_size)
+    restore_rng(checkpoint, Topology(data=world_size, rank=rank))
     return draw()
 
 
@@ -86,7 +87,8 @@ def test_another_world_is_seeded_by_a_rule_and_says_so(tmp_path, caplog):
     }
     assert len({tuple(numbers) for numbers in drawn.values()}) == len(drawn)
     assert drawn_after_restore(first, 3, 4) == drawn["first", 3, 4]
-    assert "was written by 2 processes, this run has 4: rank 3 seeds" in caplog.text
+    assert "written by 1 pipeline x 2 data x 1 tensor processes, this run has 1 pipeline x 4 data" in caplog.text
+    assert "rank 3 seeds its random number generators with" in caplog.text
 
 
 @pytest.mark.gpu
@@ -94,7 +96,7 @@ def test_the_device_generator_continues(tmp_path):
     path = write(tmp_path)
     wanted = torch.rand(4, device="cuda").tolist()
     torch.cuda.manual_seed(0)
-    restore_rng(open_checkpoint(path))
+    restore_rng(open_checkpoint(path), Topology.single())
     assert torch.rand(4, device="cuda").tolist() == wanted
 
 
@@ -113,7 +115,7 @@ def test_a_device_state_is_saved_and_set(tmp_path, monkeypatch):
     cuda = FakeCuda(monkeypatch)
     path = write(tmp_path)
     cuda.state = None
-    restore_rng(open_checkpoint(path))
+    restore_rng(open_checkpoint(path), Topology.single())
     assert torch.equal(cuda.state, torch.arange(16, dtype=torch.uint8))
     assert cuda.seed is None
 
@@ -123,9 +125,9 @@ def test_from_a_host_to_a_device_and_back(tmp_path, monkeypatch, caplog):
     checkpoint = open_checkpoint(write(tmp_path / "host"))
     with monkeypatch.context() as patch:
         cuda = FakeCuda(patch)
-        restore_rng(checkpoint)
+        restore_rng(checkpoint, Topology.single())
         assert f"its generator is seeded with {cuda.seed}" in caplog.text
         device = open_checkpoint(write(tmp_path / "device"))
     wanted = draw()
-    restore_rng(device)
+    restore_rng(device, Topology.single())
     assert draw() == wanted

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from neox_hf.checkpoint import CheckpointWriter, hf_names, open_checkpoint
-from neox_hf.checkpoint.weights import INDEX, load_weights, save_weights
+from neox_hf.checkpoint.model_files import save_model_files
+from neox_hf.checkpoint.weight_loading import load_weights
+from neox_hf.checkpoint.weights import INDEX
 from neox_hf.errors import CheckpointError
 from tests.checkpoint.conftest import SIZES, build
 
@@ -92,7 +94,7 @@ def test_a_process_that_knows_only_transformers_gets_the_same_logits(tmp_path):
 
 def test_shards_and_their_index(build_model, tmp_path):
     model, other = build_model(seed=1), build_model(seed=2)
-    checkpoint = save(model, tmp_path, shard_size="10KB")
+    checkpoint = save(model, tmp_path, shard_bytes=10_000)
     assert checkpoint.has(INDEX)
     assert len([name for name in checkpoint.manifest.paths() if name.startswith("model-")]) > 1
     checkpoint.load_weights(other)
@@ -211,7 +213,7 @@ def test_a_tokenizer_that_cannot_be_written(tmp_path):
     with pytest.raises(CheckpointError, match="the tokenizer was not written: No space left on device"):
         save(build("stock"), tmp_path, tokenizer=BrokenTokenizer(error))
     with pytest.raises(TypeError, match="a mistake"):
-        save_weights(build("stock"), tmp_path / "x", BrokenTokenizer(TypeError("a mistake")))
+        save_model_files(build("stock"), tmp_path / "x", BrokenTokenizer(TypeError("a mistake")))
 
 
 def test_the_configuration_keeps_what_it_had(tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from neox_hf.checkpoint import Box, CheckpointWriter, fill_boxes, find_latest, open_checkpoint
 from neox_hf.checkpoint.directory import recover
 from neox_hf.errors import CheckpointError
+from tests.checkpoint.conftest import build
 
 
 def test_what_was_written_is_read(write_small, tmp_path):
@@ -130,8 +131,14 @@ def test_the_weights_lie_where_transformers_looks(small_checkpoint):
     assert not (small_checkpoint / "weights").exists()
 
 
-def test_other_ranks_write_no_weights(tmp_path):
-    CheckpointWriter(tmp_path, 1, world_size=2)
-    writer = CheckpointWriter(tmp_path, 1, rank=1, world_size=2)
-    writer.write_weights(model=None)
-    assert [entry.name for entry in writer.path.iterdir()] == ["state"]
+def test_replicas_take_turns_with_the_files_of_weights(tmp_path):
+    model = build("stock")
+    writers = [CheckpointWriter(tmp_path, 1, rank=rank, world_size=2) for rank in range(2)]
+    for writer in writers:
+        writer.write_weights(model, shard_bytes=10_000)
+    wrote = [{name for name in writer._sums if name.endswith(".safetensors")} for writer in writers]
+    assert all(wrote)
+    assert not wrote[0] & wrote[1]
+    index = json.loads((writers[0].path / "model.safetensors.index.json").read_text())
+    assert wrote[0] | wrote[1] == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == 4 * index["metadata"]["total_parameters"] == 4 * model.num_parameters()
