@@ -6,6 +6,7 @@ import torch
 
 from neox_hf.checkpoint.directory import finished_checkpoints, finished_path, step_of
 from neox_hf.checkpoint.hub import CardFacts, model_card, plot_loss_curve
+from neox_hf.checkpoint.partitioned import is_partitioned
 from neox_hf.modeling.accounting import parameter_count
 from neox_hf.training.recipe import Recipe
 from neox_hf.training.trainer import NeoXTrainer
@@ -46,13 +47,14 @@ ARCHITECTURE = (
 def finish_run(trainer: NeoXTrainer, recipe: Recipe) -> int:
     """Write the final model and its papers, publish, and tell the user. Returns the exit code."""
     trainer.save_model()
+    sample = sample_text(trainer) if takes_part_in_sampling(trainer) else "(no rank of a pipeline can generate alone)"
     if trainer.topology.rank != 0:
         return 0
     output_dir = Path(trainer.args.output_dir)
     trainer.save_state()
     plot_loss_curve(trainer.state.log_history, output_dir / LOSS_CURVE)
     (output_dir / "README.md").write_text(model_card(card_facts(trainer, recipe)), encoding="utf-8")
-    print(f"\nsample of generated text:\n{sample_text(trainer)}\n")
+    print(f"\nsample of generated text:\n{sample}\n")
     published = trainer.publish(recipe.hub.wait_at_end)
     if published is not None:
         print(published)
@@ -84,6 +86,14 @@ def card_facts(trainer: NeoXTrainer, recipe: Recipe) -> CardFacts:
 def evaluation_losses(trainer: NeoXTrainer) -> list[float]:
     """Every evaluation loss of the log, oldest first."""
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def takes_part_in_sampling(trainer: NeoXTrainer) -> bool:
+    """Whether this rank must generate for rank 0 to do so: it does where the ranks hold parts of each layer."""
+    if trainer.topology.pipeline > 1:
+        return False
+    parts = trainer.topology.tensor > 1 or any(is_partitioned(parameter) for parameter in trainer.model.parameters())
+    return parts or trainer.topology.rank == 0
 
 
 def sample_text(trainer: NeoXTrainer) -> str:
