@@ -56,6 +56,9 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_section(parallel, topology),
+        # Each tensor rank sends its own hidden states on. Sharing the message out would mix them up where they differ,
+        # under sequence parallelism.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         **_precision_sections(precision_here(train.precision)),
     }
 
