@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neox_hf import GPTNeoXForCausalLM
+from neox_hf.parallel import Topology
 from tests.gloo import run_ranks
 from tests.modeling.tensor_ranks import Layout, Pass, batch, joined, train_pass
 
@@ -170,6 +172,15 @@ def test_autocast():
             found = joined(passes, name)
             assert found.dtype == torch.float32
             assert relative_error(found, gradient) < 0.1, name
+
+
+def test_padding_starts_at_zero():
+    config = Layout(2, fields={"vocab_size": 200}).whole().config
+    model = GPTNeoXForCausalLM(config, Topology.from_world(2, 1, tensor=2))
+    for weight in (model.lm_head.weight, model.gpt_neox.embed_in.weight):
+        assert weight.shape == (128, 32)
+        assert weight[:72].abs().sum(1).min() > 0
+        assert not weight[72:].any()
 
 
 def frozen_pass(rank: int) -> list[dict[str, torch.Tensor]]:

@@ -1,0 +1,107 @@
+"""The backward pass starts a message, computes weight gradients while it travels, and only then waits for it."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neox_hf import GPTNeoXConfig, GPTNeoXLayer
+from neox_hf.parallel import ColumnParallelLinear, TensorRegion, messages
+
+HIDDEN, INNER, LENGTH = 32, 48, 8
+FIELDS = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 4, "num_hidden_layers": 1}
+
+
+class Wire:
+    """Takes messages for two ranks that send the same, and writes down when each starts and is waited for."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def send(self, name: str, tensor: torch.Tensor) -> "Travelling":
+        if tensor.ndim > 1:  # the small message of norm gradients is waited for at once
+            self.log.append(f"start {name}")
+        return Travelling(self.log, name if tensor.ndim > 1 else None)
+
+    def all_reduce(self, tensor, group, async_op):
+        assert async_op
+        tensor.mul_(2)
+        return self.send("all-reduce", tensor)
+
+    def all_gather(self, joined, share, group, async_op):
+        assert async_op
+        joined.view(2, *share.shape).copy_(share)
+        return self.send("all-gather", share)
+
+    def reduce_scatter(self, mine, shares, group, async_op):
+        assert async_op
+        mine.copy_(shares.view(2, *mine.shape)[0] * 2)
+        return self.send("reduce-scatter", mine)
+
+
+class Travelling:
+    def __init__(self, log: list[str], name: str | None) -> None:
+        self.log, self.name = log, name
+
+    def wait(self) -> None:
+        if self.name:
+            self.log.append(f"wait {self.name}")
+
+
+class Products(TorchDispatchMode):
+    """Writes down the matrix products that make a tensor of one of the shapes it was given."""
+
+    def __init__(self, log: list[str], names: dict[tuple[int, ...], str]) -> None:
+        super().__init__()
+        self.log, self.names = log, names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm and tuple(made.shape) in self.names:
+            self.log.append(self.names[tuple(made.shape)])
+        return made
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[str]:
+    written: list[str] = []
+    wire = Wire(written)
+    monkeypatch.setattr(messages.dist, "all_reduce", wire.all_reduce)
+    monkeypatch.setattr(messages, "_all_gather", wire.all_gather)
+    monkeypatch.setattr(messages, "_reduce_scatter", wire.reduce_scatter)
+    return written
+
+
+def region(sequence: bool) -> TensorRegion:
+    return TensorRegion(size=2, rank=0, sequence=sequence, group=object())
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_all_reduce_travels_while_column_linears_get_their_gradients(parallel, log):
+    layer = GPTNeoXLayer(GPTNeoXConfig(**FIELDS, use_parallel_residual=parallel), 0, region(sequence=False))
+    hidden = torch.randn(2, LENGTH, HIDDEN, requires_grad=True)
+    output = layer(hidden, position_embeddings=(torch.zeros(1, LENGTH, 1), torch.zeros(1, LENGTH, 1)))
+    log.clear()
+    with Products(log, {(3 * HIDDEN // 2, HIDDEN): "gradient of qkv", (INNER // 2, HIDDEN): "gradient of h_to_4h"}):
+        output.sum().backward()
+    start, wait = "start all-reduce", "wait all-reduce"
+    if parallel:
+        assert log == [start, "gradient of qkv", "gradient of h_to_4h", wait]
+    else:
+        assert log == [start, "gradient of h_to_4h", wait, start, "gradient of qkv", wait]
+
+
+def test_under_sequence_parallelism_both_messages_travel_meanwhile(log):
+    linear = ColumnParallelLinear(HIDDEN, INNER, region(sequence=True)).train()
+    output = linear(torch.randn(2, LENGTH // 2, HIDDEN, requires_grad=True))
+    log.clear()
+    names = {(2 * LENGTH, HIDDEN): "gradient of x", (INNER // 2, HIDDEN): "gradient of the weight"}
+    with Products(log, names):
+        output.sum().backward()
+    assert log == [
+        "start all-gather",
+        "gradient of x",
+        "start reduce-scatter",
+        "wait all-gather",
+        "gradient of the weight",
+        "wait reduce-scatter",
+    ]
