@@ -97,9 +97,9 @@ class WordIds(dict[str, bytes]):
 class Likeness:
     """Whether the tokenizer takes a character for what Python takes it for: their Unicode versions differ.
 
-    Letter, number, space or none of them is found out by trying. In what NFC does to characters that have been
-    assigned, all versions agree, by the stability policy of Unicode; one unassigned in Python's version may be a
-    combining mark in the tokenizer's.
+    Letter, number, space or none of them is found out by trying. Of NFC, Unicode's stability policy promises that
+    what one version calls composed is so in older versions, and in newer ones too where the older knows every
+    character; one that Python does not know may be a combining mark to the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, composes: bool) -> None:
