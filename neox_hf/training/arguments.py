@@ -22,6 +22,7 @@ class NeoXTrainingArguments(TrainingArguments):
     lr_decay_steps: steps over which the rate decays; `max_steps` when unset.
     save_schedule: when to save: `every` (each `save_steps`), `none`, `pythia` (0, 1, 2, 4 ... 512, then every
         1000), or a list of steps.
+    save_in_background: write a checkpoint while training goes on; only copying it to the host's memory stops a step.
     nan_policy: what a loss or gradient that is not finite does: stop the run, or skip the step.
     max_skipped_steps: consecutive skipped steps after which the run stops all the same.
     peak_tflops: dense peak or sustained rate of one device in TFLOP/s, for MFU; looked up when unset.
@@ -34,6 +35,7 @@ class NeoXTrainingArguments(TrainingArguments):
     lr_decay_steps: int | None = None
     min_lr: float = 0.0
     save_schedule: Literal["every", "none", "pythia"] | list[int] = "every"
+    save_in_background: bool = True
     nan_policy: Literal["raise", "skip"] = "raise"
     max_skipped_steps: int = 10
     peak_tflops: float | None = None

@@ -1,7 +1,5 @@
 """The model that a run begins with, as far as this rank holds it: fresh weights, or released ones."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from transformers.trainer_callback import ExportableState
 
-from neox_hf.checkpoint import Checkpoint, CheckpointWriter, prune, restore_rng, write_rng
+from neox_hf.checkpoint import Checkpoint, CheckpointSaver, CheckpointWriter, prune, restore_rng, write_rng
+from neox_hf.checkpoint.background import Continuation
 from neox_hf.checkpoint.directory import finished_path
 from neox_hf.data import merge_states
 from neox_hf.training.hyperparameters import RecipeHyperparameters
@@ -40,9 +41,17 @@ class RunState:
     def __init__(self, trainer: "NeoXTrainer", documents: dict[str, str]) -> None:
         self.trainer = trainer
         self.documents = documents
+        self.saver = CheckpointSaver(trainer.topology, asynchronous=trainer.args.save_in_background)
 
-    def save(self) -> Path:
-        """Write `checkpoint-N` of the current step, rotate older ones, and return its path. Every rank calls it."""
+    def save(self) -> None:
+        """Write `checkpoint-N` of the current step, then rotate older ones and publish it. Every rank calls it.
+
+        With `args.save_in_background` it returns when all is copied; the rest happens while training goes on.
+
+        Raises:
+            CheckpointError: it cannot be written, or the one before could not.
+        """
+        self.wait()
         trainer, topology = self.trainer, self.trainer.topology
         writer = CheckpointWriter(
             trainer.args.output_dir,
@@ -50,6 +59,7 @@ class RunState:
             rank=topology.rank,
             world_size=topology.world_size,
             barrier=_barrier(topology.world_size),
+            deferred=self.saver.asynchronous,
         )
         data = self._gather_data_state()
         self._note_best()
@@ -59,10 +69,15 @@ class RunState:
         if not trainer.args.save_only_model:
             trainer.engine.save_boxes(writer)
             write_rng(writer)
-        path = writer.commit(self._facts())
-        if topology.rank == 0:
-            self._rotate(path)
-        return path
+        self.saver.commit(writer, self._facts(), self._after_writing())
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Every rank calls it.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.saver.wait()
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Give optimizer, schedule and stream what `save` wrote. Nothing changes unless the stream is this run's."""
@@ -139,16 +154,24 @@ class RunState:
             "tensor": trainer.topology.tensor,
         }
 
-    def _rotate(self, written: Path) -> None:
-        args, best = self.trainer.args, self.trainer.state.best_model_checkpoint
-        if args.save_total_limit:
-            prune(
-                Path(args.output_dir),
-                args.save_total_limit,
-                lambda step: is_protected(step, args.save_schedule),
-                Path(best) if best else None,
-                written,
-            )
+    def _after_writing(self) -> Continuation:
+        """What rank 0 does with a checkpoint once it is whole, perhaps in another thread: it uses what is known now."""
+        args, publisher = self.trainer.args, self.trainer.publisher
+        step, best = self.trainer.state.global_step, self.trainer.state.best_model_checkpoint
+
+        def rotate_and_publish(written: Path) -> None:
+            if args.save_total_limit:
+                prune(
+                    Path(args.output_dir),
+                    args.save_total_limit,
+                    lambda saved: is_protected(saved, args.save_schedule),
+                    Path(best) if best else None,
+                    written,
+                )
+            if publisher is not None:
+                publisher.publish_step(written, step)
+
+        return rotate_and_publish
 
 
 def _barrier(world_size: int) -> Callable[[], None]:

@@ -16,11 +16,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from neox_hf.checkpoint import Checkpoint, OutputLock, open_checkpoint, write_final
 from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
+from neox_hf.errors import DivergenceError
 from neox_hf.modeling.accounting import flops_per_token
 from neox_hf.modeling.recompute import recompute_kwargs
 from neox_hf.parallel.collectives import from_first_rank
@@ -259,9 +260,16 @@ class NeoXTrainer(Trainer):
                 from_first_rank(self.topology, lambda: self._take_output_dir(held))
             self.resumed = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self.topology)
             self.stop = held.enter_context(StopRequest(self.topology.world_size))
-            output = super().train(str(self.resumed.path) if self.resumed else None, *args, **kwargs)
+            try:
+                return super().train(str(self.resumed.path) if self.resumed else None, *args, **kwargs)
+            except DivergenceError:  # on every rank: what was saved before it is good
+                self.run_state.wait()
+                raise
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
         self.guard.settle()
-        return output
+        self.run_state.wait()  # HF looks at the checkpoints that there are
+        return super()._finalize_training(*args)
 
     def _take_output_dir(self, held: ExitStack) -> None:
         held.callback(OutputLock(self.args.output_dir).acquire().release)
@@ -298,9 +306,7 @@ class NeoXTrainer(Trainer):
         self.guard.settle()
         self.store_flos()
         with self.throughput.paused():
-            path = self.run_state.save()
-        if self.publisher is not None:
-            self.publisher.publish_step(path, self.state.global_step)
+            self.run_state.save()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._checkpoint_at(resume_from_checkpoint).load_weights(model or self.model, topology=self.topology)
