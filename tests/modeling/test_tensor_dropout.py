@@ -1,8 +1,11 @@
 """Dropout in a tensor group: masks agree where activations are replicated, differ where they are split, and repeat."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from neox_hf.modeling.recompute import recompute_kwargs
 from tests.gloo import run_ranks
 from tests.modeling.tensor_ranks import Layout, Pass, batch, joined, train_pass
 
@@ -11,25 +14,18 @@ BOTH = (False, True)
 """Without and with sequence parallelism."""
 
 
-def seeded_pass(model, **checkpointing: bool) -> Pass:
-    if checkpointing:
+def seeded_pass(model, checkpointing: dict[str, Any] | None = None) -> Pass:
+    if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     torch.manual_seed(7)
     return train_pass(model, batch())
 
 
 def repeated_passes(rank: int) -> list[list[Pass]]:
-    """Each layout: a step, again after the generators were set back, and again with either kind of checkpointing."""
+    """Each layout: a step, again after the generators were set back, and again with each kind of checkpointing."""
+    checkpointing = [None, None, recompute_kwargs("full"), recompute_kwargs("selective"), {"use_reentrant": True}]
     layouts = [Layout(2, sequence, DROPOUT) for sequence in BOTH]
-    return [
-        [
-            seeded_pass(layout.of_rank(rank)),
-            seeded_pass(layout.of_rank(rank)),
-            seeded_pass(layout.of_rank(rank), use_reentrant=False),
-            seeded_pass(layout.of_rank(rank), use_reentrant=True),
-        ]
-        for layout in layouts
-    ]
+    return [[seeded_pass(layout.of_rank(rank), kwargs) for kwargs in checkpointing] for layout in layouts]
 
 
 def test_masks_repeat():

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_hf import GPTNeoXForCausalLM
 from neox_hf.parallel import Topology
+from neox_hf.parallel.data_parallel import accumulate_gradients_in_fp32
 from tests.gloo import run_ranks
 from tests.modeling.tensor_ranks import Layout, Pass, batch, joined, train_pass
 
@@ -135,17 +136,21 @@ BOTH = (False, True)
 
 
 def bfloat16_passes(rank: int) -> list[Pass]:
-    inputs = batch(rows=4, length=32)
-    return [train_pass(Layout(2, sequence, dtype=torch.bfloat16).of_rank(rank), inputs) for sequence in BOTH]
+    return [bfloat16_pass(Layout(2, sequence, dtype=torch.bfloat16).of_rank(rank)) for sequence in BOTH]
+
+
+def bfloat16_pass(model: GPTNeoXForCausalLM) -> Pass:
+    accumulate_gradients_in_fp32(model)
+    return train_pass(model, batch(rows=4, length=32))
 
 
 def test_bfloat16_is_as_near_to_the_truth():
-    inputs = batch(rows=4, length=32)
-    truth = train_pass(Layout(1).whole(), inputs)
-    single = train_pass(Layout(1, dtype=torch.bfloat16).whole(), inputs)
+    truth = train_pass(Layout(1).whole(), batch(rows=4, length=32))
+    single = bfloat16_pass(Layout(1, dtype=torch.bfloat16).whole())
     for passes in zip(*run_ranks(bfloat16_passes, 2), strict=True):
         assert abs(passes[0].loss - truth.loss) <= abs(single.loss - truth.loss) + 1e-3
         split = {name: joined(passes, name) for name in truth.gradients}
+        assert {gradient.dtype for gradient in split.values()} == {torch.float32}
         assert mean_error(split, truth.gradients) <= 1.1 * mean_error(single.gradients, truth.gradients)
 
 
@@ -249,3 +254,17 @@ def test_what_does_not_divide_is_refused():
         f"intermediate_size=66 {refused}; {advice}: 1, 2, 3",
         f"parallel.sequence is on, and the sequence length=15 {refused}; {advice}: 1, 3",
     ]
+
+
+def compiled_pass(rank: int) -> tuple[Pass, Pass]:
+    layout = Layout(2, fields={"num_hidden_layers": 1})
+    compiled = layout.of_rank(rank)
+    compiled.gpt_neox.layers[0].compile(backend="eager")
+    return train_pass(layout.of_rank(rank), batch()), train_pass(compiled, batch())
+
+
+def test_a_compiled_block_is_split_around_its_messages():
+    for plain, compiled in run_ranks(compiled_pass, 2):
+        assert torch.equal(plain.loss, compiled.loss)
+        for name, (_, gradient) in plain.pieces.items():
+            assert torch.equal(compiled.pieces[name][1], gradient), name

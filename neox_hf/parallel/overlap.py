@@ -1,0 +1,137 @@
+"""A column linear's backward pass, which hides its messages behind a product.
+
+Between its two products a message is due: the gradient of its input is partial. It travels while the gradient of the
+weight is computed:
+
+- under sequence parallelism inside the linear, whose own input has to be gathered once more too;
+- else in `enter`, which stands before the norms and serves all column linears behind them with one message. They leave
+  the gradients of their weights to it: it has them computed when its message has started.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from neox_hf.kernels.autocast import autocast_dtype
+from neox_hf.parallel.messages import start_all_reduce, start_gather_sequence, start_reduce_scatter_sequence
+from neox_hf.parallel.tensor_region import TensorRegion
+
+
+class PostponedGradients:
+    """Gradients of one linear's weight and bias, computed when somebody takes them.
+
+    Lives for one forward pass and its backward pass. The linear gives what they are computed from.
+    """
+
+    def __init__(self) -> None:
+        self._operands: tuple[Tensor, Tensor] | None = None
+
+    def give(self, gradient: Tensor, x: Tensor) -> None:
+        self._operands = (gradient, x)
+
+    def take(self, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that are `wanted`; none if the linear had no part in the loss."""
+        operands, self._operands = self._operands, None
+        return (None, None) if operands is None else weight_gradients(*operands, wanted)
+
+
+def weight_gradients(gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight [out, in] and bias [out], from the output's gradient [..., out] and x [..., in]."""
+    gradient = gradient.flatten(0, -2)
+    weight = gradient.t() @ x.flatten(0, -2) if wanted[0] else None
+    return weight, gradient.sum(0) if wanted[1] else None
+
+
+class _EnterAheadOf(torch.autograd.Function):
+    """Identity on x. Takes the parameters too, so that their gradients can come from here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, region: TensorRegion, postponed: list[PostponedGradients], x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
+        ctx.region, ctx.postponed = region, postponed
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, partial: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, *wanted = ctx.needs_input_grad[2:]
+        # A copy: the incoming gradient may have other readers.
+        travelling = partial.clone(memory_format=torch.contiguous_format) if wants_x else None
+        message = None if travelling is None else start_all_reduce(travelling, ctx.region)
+        gradients: list[Tensor | None] = []
+        for index, postponed in enumerate(ctx.postponed):
+            gradients += postponed.take((wanted[2 * index], wanted[2 * index + 1]))
+        return None, None, message and message.wait(), *gradients
+
+
+class _PostponingLinear(torch.autograd.Function):
+    """x W^T + b, which computes the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.postponed = postponed
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.postponed.give(gradient, x)
+        return None, gradient @ weight, None, None
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """x W^T + b of scattered x. Keeps its part of x and gathers the rest again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.region = region
+        ctx.save_for_backward(x, weight)
+        return F.linear(start_gather_sequence(x, region).wait(), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _, wants_x, *wanted = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        gathering = start_gather_sequence(x, ctx.region) if wanted[0] else None
+        reducing = start_reduce_scatter_sequence(gradient @ weight, ctx.region) if wants_x else None
+        whole = gathering.wait() if gathering else x
+        gradients = weight_gradients(gradient, whole, wanted)
+        return None, reducing and reducing.wait(), *gradients
+
+
+# A compiler splits its graph in front of the functions below: messages are none of its business.
+
+
+@torch.compiler.disable
+def enter_ahead_of(
+    region: TensorRegion,
+    x: Tensor,
+    postponed: list[PostponedGradients],
+    parameters: list[tuple[Tensor, Tensor | None]],
+) -> Tensor:
+    """x, behind which linears postpone the gradients of their `parameters`, (weight, bias) each."""
+    return _EnterAheadOf.apply(region, postponed, x, *(tensor for pair in parameters for tensor in pair))
+
+
+@torch.compiler.disable
+def postponing_linear(postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from."""
+    bias = None if bias is None else bias.detach()
+    return _PostponingLinear.apply(postponed, *_in_autocast_dtype(x, weight.detach(), bias))
+
+
+@torch.compiler.disable
+def gathered_linear(region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of scattered x [B, S / size, in] for the whole sequence. The gradient of x is whole, and scattered."""
+    return _GatheredLinear.apply(region, *_in_autocast_dtype(x, weight, bias))
+
+
+def _in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast would make of the operands of a linear; it does not reach into an autograd function."""
+    dtype = autocast_dtype(operands[0].device)
+    if dtype is None:
+        return operands
+    return tuple(operand if operand is None else operand.to(dtype) for operand in operands)
