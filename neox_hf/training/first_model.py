@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from neox_hf.checkpoint import load_released_weights
 from neox_hf.errors import RecipeError
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
@@ -32,9 +33,10 @@ def first_model(
         TopologyError: the model cannot be split as `topology` and `partition` say.
     """
     if settings.pretrained is not None:
-        return load_released(settings)
-    config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        config = released_config(settings)
+    else:
+        config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     model = empty_model(config, topology, args.numeric.weights)
     if args.deepspeed and args.deepspeed["zero_optimization"]["stage"] == 3:
         from neox_hf.training.zero import draw_partitioned  # imports DeepSpeed
@@ -42,6 +44,8 @@ def first_model(
         draw_partitioned(model, args.seed, args.device, args.deepspeed)
     else:
         draw_weights(model, args.seed, args.device, local_modules(model, topology, partition))
+    if settings.pretrained is not None:
+        load_released_weights(model, settings.pretrained, settings.revision or "main", topology)
     return model
 
 
@@ -57,17 +61,15 @@ def local_modules(model: GPTNeoXForCausalLM, topology: Topology, partition: Part
     return Stage.of_rank(model, topology, bounds).local_modules if topology.pipeline > 1 else [model]
 
 
-def load_released(settings: ModelSettings) -> GPTNeoXForCausalLM:
-    """Released weights in fp32.
+def released_config(settings: ModelSettings) -> GPTNeoXConfig:
+    """The configuration of released weights, with the fields that the recipe changes.
 
     Raises:
-        RecipeError: there are none under that name and revision, or they cannot be read.
+        RecipeError: there is none under that name and revision, or it cannot be read.
     """
     revision = settings.revision or "main"
     try:
-        return GPTNeoXForCausalLM.from_pretrained(
-            settings.pretrained, revision=revision, dtype=torch.float32, **settings.config_fields()
-        )
+        return GPTNeoXConfig.from_pretrained(settings.pretrained, revision=revision, **settings.config_fields())
     except OSError as error:
         raise RecipeError(
             f"model.pretrained={settings.pretrained!r} at {revision!r} cannot be loaded: {error}"
