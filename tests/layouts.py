@@ -11,6 +11,21 @@ from tests.runs import Runs
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) by step."""
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "tp2": {"tensor": 2},
+    "tp4": {"tensor": 4},
+    "tp2-sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp4": {"pipeline": 4},
+    "dp2": {"data": 2},
+    "zero1": {"data": 2, "zero_stage": 1},
+    "zero2": {"data": 2, "zero_stage": 2},
+    "zero3": {"data": 2, "zero_stage": 3},
+    "pp2-tp2": {"pipeline": 2, "tensor": 2},
+    "pp2-tp2-dp2-sp": {"pipeline": 2, "tensor": 2, "data": 2, "sequence": True},
+}
+
 STEPS = 20
 LAYERS = 4
 SAMPLES = 8

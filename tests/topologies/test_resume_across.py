@@ -1,0 +1,106 @@
+"""A checkpoint of one layout goes on in another: the curve of the run that was never interrupted, to 1e-5 (fp32)."""
+
+import shutil
+from itertools import permutations
+
+import pytest
+import torch
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM as StockForCausalLM
+
+from neox_hf import GPTNeoXForCausalLM
+from tests.layouts import LAYOUTS, Curve, largest_difference, train_curve
+from tests.runs import Runs
+
+TOLERANCE = 1e-5
+SAVED_AT = 10
+SETTINGS = (f"train.save_schedule=[{SAVED_AT}]",)
+RESUMABLE = ["single", "tp2", "pp2", "zero1", "zero3", "pp2-tp2"]
+PAIRS = list(permutations(RESUMABLE, 2))
+COVERING = [
+    ("single", "pp2-tp2"),
+    ("pp2-tp2", "zero3"),
+    ("zero3", "tp2"),
+    ("tp2", "pp2"),
+    ("pp2", "zero1"),
+    ("zero1", "single"),
+]
+"""Each layout saves once and resumes once."""
+
+
+class Interrupted:
+    """Runs of each layout that were saved in their middle, made when first asked for."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self._curves: dict[str, Curve] = {}
+
+    def curve(self, layout: str, *overrides: str) -> Curve:
+        """The uninterrupted curve of `layout`; its checkpoint stays in `saved-...`."""
+        name = "-".join(["saved", layout, *overrides]).replace("=", "").replace(".", "")
+        if name not in self._curves:
+            self._curves[name] = train_curve(LAYOUTS[layout], self.runs, *SETTINGS, *overrides, name=name)
+        return self._curves[name]
+
+    def checkpoint(self, layout: str, *overrides: str):
+        self.curve(layout, *overrides)
+        name = "-".join(["saved", layout, *overrides]).replace("=", "").replace(".", "")
+        return self.runs.folder / name / f"checkpoint-{SAVED_AT}"
+
+    def resume(self, saved: str, layout: str, *overrides: str, changed: tuple[str, ...] = (), name: str = "") -> Curve:
+        """The curve of a run of `layout` that goes on where `saved` was at SAVED_AT; `changed` is its own recipe."""
+        name = name or "-".join(["resumed", saved, layout, *overrides]).replace("=", "").replace(".", "")
+        folder = self.runs.folder / name
+        shutil.copytree(self.checkpoint(saved, *overrides), folder / f"checkpoint-{SAVED_AT}")
+        return train_curve(LAYOUTS[layout], self.runs, *SETTINGS, *overrides, *changed, name=name)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Interrupted:
+    return Interrupted(Runs(tmp_path_factory.mktemp("resumes")))
+
+
+def goes_on(interrupted: Interrupted, saved: str, layout: str, *overrides: str, **how) -> None:
+    whole = interrupted.curve("single", *overrides)
+    resumed = interrupted.resume(saved, layout, *overrides, **how)
+    assert largest_difference(resumed, whole) < TOLERANCE
+
+
+@pytest.mark.parametrize(("saved", "layout"), COVERING)
+def test_resumes_in_another_layout(saved, layout, interrupted):
+    goes_on(interrupted, saved, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "layout"), [pair for pair in PAIRS if pair not in COVERING])
+def test_every_layout_resumes_in_every_other(saved, layout, interrupted):
+    goes_on(interrupted, saved, layout)
+
+
+def test_resumes_with_the_optimizer_on_the_host(interrupted):
+    goes_on(interrupted, "tp2", "zero2", changed=("parallel.offload=optimizer",), name="offloaded")
+
+
+def test_resumes_with_tied_embeddings(interrupted):
+    goes_on(interrupted, "pp2", "tp2", "model.tie_word_embeddings=true")
+
+
+def test_resumes_with_another_micro_batch(interrupted):
+    goes_on(interrupted, "zero3", "pp2", changed=("train.per_device_train_batch_size=4",), name="micro-batch")
+
+
+@pytest.mark.parametrize("layout", RESUMABLE)
+def test_the_same_layout_resumes_bit_equal(layout, interrupted):
+    assert interrupted.resume(layout, layout) == interrupted.curve(layout)
+
+
+@pytest.mark.parametrize("layout", RESUMABLE)
+def test_checkpoint_loads_in_stock_transformers(layout, interrupted):
+    folder = interrupted.checkpoint(layout)
+    assert (folder / "state").is_dir()
+    tokens = torch.arange(64).view(2, 32)
+    models = [cls.from_pretrained(folder).eval() for cls in (StockForCausalLM, GPTNeoXForCausalLM)]
+    with torch.no_grad():
+        stock, ours = (model(tokens).logits for model in models)
+        of_one_process = StockForCausalLM.from_pretrained(interrupted.checkpoint("single")).eval()(tokens).logits
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stock, of_one_process, rtol=0, atol=1e-3)
