@@ -2,13 +2,14 @@
 
 import gzip
 import json
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import zstandard
 
 from neox_hf.data import StreamLoader, sources
-from neox_hf.data.bad_rows import KINDS
+from neox_hf.data.bad_rows import KINDS, without_copies
 from neox_hf.errors import DataError
 from tests.data.naive import first_samples, naive_samples, owned_epochs, settings_for
 
@@ -152,6 +153,28 @@ def test_a_row_far_into_a_file_is_marked_by_its_byte(tmp_path, stream_over, monk
     kept = tmp_path / "quarantine.jsonl"
     first_samples(stream_over(settings_for(path, bad_rows="quarantine"), quarantine=kept), 8)
     assert json.loads(kept.read_text())["where"] == f"{path} at byte {len(GOOD[0]) + 1}"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_of_one_replica_read_the_same_and_one_of_them_keeps_copies(tmp_path, stream_over, workers):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines_with(row) for row, *_ in ROWS.values()))
+    kept = tmp_path / "quarantine.jsonl"
+    settings = settings_for(tmp_path / "a.jsonl", bad_rows="quarantine", max_line_bytes=200)
+    seen = []
+    for policy in (without_copies("quarantine"), "quarantine"):
+        assert not kept.exists()
+        loader = StreamLoader(stream_over(replace(settings, bad_rows=policy), 1, 2, quarantine=kept), 2, workers)
+        batches = [batch["input_ids"].tolist() for batch in islice(loader, 20)]
+        seen.append((batches, loader.state_dict(), loader.bad_rows))
+        loader.close()
+    assert seen[0] == seen[1]
+    assert len(kept.read_text().splitlines()) == seen[1][2].total() > 0
+
+
+def test_a_reader_without_copies_still_stops_at_a_bad_row(tmp_path, stream_over):
+    (tmp_path / "a.jsonl").write_bytes(lines_with(b"{"))
+    with pytest.raises(DataError, match=r"a.jsonl:2: broken_json"):
+        first_samples(stream_over(settings_for(tmp_path, bad_rows=without_copies("error"))), 8)
 
 
 def test_every_class_is_known_and_tested():
