@@ -136,3 +136,18 @@ def test_own_random_numbers():
     common = torch.rand(4)
     for _, _, after in ranks:
         assert torch.equal(after, common)
+
+
+@pytest.mark.gpu
+def test_own_random_numbers_of_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    drawn, after = [], []
+    for rank in range(2):
+        torch.manual_seed(5)
+        with TensorRegion(size=2, rank=rank).own_random(device):
+            drawn.append(torch.rand(4, device=device))
+        after.append(torch.rand(4, device=device))
+    torch.manual_seed(5)
+    assert not torch.equal(*drawn)
+    assert torch.equal(*after)
+    assert torch.equal(after[0], torch.rand(4, device=device))
