@@ -25,7 +25,7 @@ def parallel_problems(
 ) -> Iterator[Problem]:
     yield from _size_problems(parallel, model)
     yield from _sequence_problems(parallel, data)
-    yield from _zero_problems(parallel)
+    yield from _zero_problems(parallel, train)
     yield from _precision_problems(parallel, train)
     if parallel.needs_deepspeed:
         yield from _deepspeed_problems(train)
@@ -77,7 +77,7 @@ def _sequence_problems(parallel: ParallelSettings, data: DataSettings) -> Iterat
         yield Problem(("data", "seq_length"), data.seq_length, message)
 
 
-def _zero_problems(parallel: ParallelSettings) -> Iterator[Problem]:
+def _zero_problems(parallel: ParallelSettings, train: Any) -> Iterator[Problem]:
     if parallel.splits_model and parallel.zero_stage in (2, 3):
         what = {2: "gradients", 3: "weights"}[parallel.zero_stage]
         message = (
@@ -86,6 +86,11 @@ def _zero_problems(parallel: ParallelSettings) -> Iterator[Problem]:
             "micro-batches of a step are through; use 1"
         )
         yield Problem(("parallel", "zero_stage"), parallel.zero_stage, message)
+    if parallel.zero_stage == 3 and train.activation_checkpointing == "selective":
+        message = (
+            "cannot tell a block's operations from the gathering of its weights at parallel.zero_stage = 3; use full"
+        )
+        yield Problem(("train", "activation_checkpointing"), "selective", message)
     if parallel.offload != "none" and not parallel.needs_deepspeed:
         message = "moves the optimizer's state that ZeRO shards; set parallel.zero_stage to 1, 2 or 3"
         yield Problem(("parallel", "offload"), parallel.offload, message)

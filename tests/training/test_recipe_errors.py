@@ -266,6 +266,11 @@ PAIRS += [
     ),
     (["model=pythia-14m", "parallel.pipeline=7"], "parallel.pipeline = 7: is more than model.num_hidden_layers = 6"),
     (["model=pythia-14m", "parallel.tensor=8"], "parallel.tensor = 8: does not divide model.num_attention_heads = 4"),
+    (
+        ["parallel.zero_stage=3", "train.activation_checkpointing=selective"],
+        'train.activation_checkpointing = "selective": cannot tell a block\'s operations from the gathering of its '
+        "weights at parallel.zero_stage = 3; use full",
+    ),
     (["parallel.zero_stage=1", "train.precision=amp"], f'train.precision = "amp": {ONE_DTYPE}'),
     (["parallel.pipeline=2", "train.precision=amp"], f'train.precision = "amp": {ONE_DTYPE}'),
     (["parallel.zero_stage=2", "train.optim=sgd"], f'train.optim = "sgd": {NOT_SHARDABLE}'),

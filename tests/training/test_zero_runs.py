@@ -1,0 +1,110 @@
+"""A run under ZeRO is as any other beside its steps, too: it stops, resumes, evaluates, meets what is not finite."""
+
+import json
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.faults.test_exit_codes import spoil
+from tests.faults.test_interruptions import signal_self
+from tests.runs import Runs
+
+STAGES = ["parallel.zero_stage=1", "parallel.zero_stage=3"]
+ONE_EACH = "train.gradient_accumulation_steps=1"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("zero-runs"))
+
+
+def run(runs: Runs, name: str, *overrides: str, codes: int = 0, **options) -> None:
+    found = runs.run(name, ONE_EACH, *overrides, world_size=2, **options)
+    assert set(found) == {codes}, "\n".join(runs.message(name, rank)[-2000:] for rank in range(2))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        ("parallel.zero_stage=1", "bf16"),
+        ("parallel.zero_stage=3", "fp32"),
+        ("parallel={zero_stage: 2, offload: optimizer}", "bf16"),
+        pytest.param("parallel.zero_stage=1", "fp32", marks=pytest.mark.slow),
+        pytest.param("parallel.zero_stage=3", "bf16", marks=pytest.mark.slow),
+        pytest.param("parallel={zero_stage: 3, offload: optimizer}", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(runs, stage, precision):
+    name, how = f"stopped-{stage.strip('}')[-9:]}-{precision}", f"train.precision={precision}"
+    stopped = {"prepare": signal_self, "number": signal.SIGTERM, "at_step": 3, "on_rank": 1}
+    run(runs, f"{name}-whole", stage, how)
+    run(runs, name, stage, how, codes=143, **stopped)
+    run(runs, name, stage, how)
+    whole, resumed = runs.weights(f"{name}-whole", 8), runs.weights(name, 8)
+    assert whole.keys() == resumed.keys()
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    assert runs.log_history(name, 8)[-1]["loss"] == runs.log_history(f"{name}-whole", 8)[-1]["loss"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_best_weights_are_loaded_at_the_end(runs, stage):
+    """The rate falls off a cliff upwards, so that the first evaluation stays the best."""
+    name = f"best-{stage[-1]}"
+    evaluated = "train={eval_strategy: steps, eval_steps: 2, eval_on_start: true, load_best_model_at_end: true}"
+    run(runs, name, stage, evaluated, "train.lr_decay_style=constant", "train.learning_rate=0.5")
+    state = json.loads((runs.folder / name / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 8
+    final = load_file(runs.folder / name / "model.safetensors")
+    best = runs.weights(name, state["best_global_step"])
+    assert [key for key in best if not torch.equal(best[key], final[key])] == []
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(losses) == 5
+
+
+NOT_FINITE = [("parallel.zero_stage=1", "bf16"), ("parallel.zero_stage=3", "fp32")]
+
+
+@pytest.mark.parametrize(("stage", "precision"), NOT_FINITE)
+def test_a_step_that_is_not_finite_ends_the_run(runs, stage, precision):
+    name = f"nan-{stage[-1]}"
+    run(runs, name, stage, f"train.precision={precision}", codes=4, prepare=spoil, at_steps=[4], on_rank=1)
+    assert "error: step 4: the gradient norm is inf; the last checkpoint is unharmed" in runs.message(name)
+
+
+@pytest.mark.parametrize(("stage", "precision"), NOT_FINITE)
+def test_a_step_that_is_not_finite_is_skipped(runs, stage, precision):
+    name, skipping = f"skip-{stage[-1]}", ["train.nan_policy=skip", "train.save_steps=1"]
+    run(runs, name, stage, f"train.precision={precision}", *skipping, prepare=spoil, at_steps=[4], on_rank=1)
+    before, after = runs.weights(name, 3), runs.weights(name, 4)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    entries = {entry["step"]: entry for entry in runs.log_history(name, 8) if "loss" in entry}
+    assert (entries[4]["grad_norm"], entries[8]["skipped_steps"]) == (float("inf"), 1)
+    # The schedule goes on, as it does without DeepSpeed: of 8 steps with 2 of warm-up, rates fall from the third on.
+    rates = [entries[step]["learning_rate"] for step in range(1, 9)]
+    assert rates[0] < rates[2]
+    assert all(later < earlier for earlier, later in pairwise(rates[2:]))
+
+
+def evaluate_first(rank: int) -> None:
+    """Evaluate before training, and again in it at step 0."""
+    from neox_hf.training.trainer import NeoXTrainer
+
+    stock = NeoXTrainer.train
+
+    def train(trainer, *args, **kwargs):
+        print("before training:", trainer.evaluate()["eval_loss"])
+        return stock(trainer, *args, **kwargs)
+
+    NeoXTrainer.train = train
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_evaluation_before_training(runs, stage):
+    name = f"before-{stage[-1]}"
+    run(runs, name, stage, "train={eval_strategy: steps, eval_on_start: true}", prepare=evaluate_first)
+    said = next(line for line in runs.message(name).splitlines() if line.startswith("before training:"))
+    (first,) = [entry["eval_loss"] for entry in runs.log_history(name, 8) if entry["step"] == 0]
+    assert float(said.split(":")[1]) == pytest.approx(first, rel=1e-6)
