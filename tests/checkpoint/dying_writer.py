@@ -5,15 +5,18 @@ import signal
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 
-from neox_hf.checkpoint import Box, CheckpointWriter, durable, writer
+from neox_hf.checkpoint import Box, CheckpointSaver, CheckpointWriter, durable, writer
+from neox_hf.parallel.topology import Topology
 from tests.checkpoint.conftest import build
 
 PHASES = (
     "write_weights",
     "write_boxes",
     "write_json",
+    "write_deferred",
     "seal",
     "write_manifest",
     "make_names_durable",
@@ -23,20 +26,45 @@ PHASES = (
 )
 
 
-def write(output_dir: Path, step: int, value: float) -> Path:
-    """Write a checkpoint that holds `value` in every one of its parts."""
-    ours = CheckpointWriter(output_dir, step)
+def write(
+    output_dir: Path, step: int, value: float, asynchronous: bool = False, topology: Topology | None = None
+) -> None:
+    """Write a checkpoint that holds `value` in every one of its parts, each rank its share."""
+    topology = topology or Topology.single()
+    rank, size = topology.rank, topology.world_size
+    barrier = dist.barrier if size > 1 else lambda: None
+    ours = CheckpointWriter(output_dir, step, rank=rank, world_size=size, barrier=barrier, deferred=asynchronous)
     model = build("stock", num_hidden_layers=1)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(value)
-    ours.write_weights(model)
-    ours.write_boxes("optimizer.exp_avg", [Box.whole("w", torch.full((8,), value))])
-    ours.write_json("state/data.json", {"value": value})
-    return ours.commit({"value": value})
+    ours.write_weights(model, topology=topology, shard_bytes=5_000)
+    share = 8 // size
+    ours.write_boxes("optimizer.exp_avg", [Box("w", (share * rank,), (8,), torch.full((share,), value))])
+    if rank == 0:
+        ours.write_json("state/data.json", {"value": value})
+    saver = CheckpointSaver(topology, asynchronous=asynchronous)
+    saver.commit(ours, {"value": value}, lambda path: None)
+    saver.wait()
 
 
-def write_and_die(output_dir: Path, step: int, value: float, phase: str, when: str) -> None:
+def write_and_die(output_dir: Path, step: int, value: float, phase: str, when: str, asynchronous: bool = False) -> None:
     """Die by SIGKILL before or after `phase`."""
+    die_in(phase, when)
+    write(output_dir, step, value, asynchronous)
+
+
+def write_of_two(
+    rank: int, port: int, output_dir: Path, step: int, value: float, phase: str, dying: int, asynchronous: bool
+) -> None:
+    """Write as one of two ranks, of which `dying` dies before `phase`."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    if rank == dying:
+        die_in(phase, "before")
+    write(output_dir, step, value, asynchronous, Topology.from_world(2, rank))
+
+
+def die_in(phase: str, when: str) -> None:
+    """Make this process kill itself before or after a method of the writer."""
     transformers.utils.logging.disable_progress_bar()
     method = getattr(CheckpointWriter, phase)
 
@@ -47,10 +75,9 @@ def write_and_die(output_dir: Path, step: int, value: float, phase: str, when: s
         die()
 
     setattr(CheckpointWriter, phase, dying)
-    write(output_dir, step, value)
 
 
-def write_and_die_in_a_file(output_dir: Path, step: int, value: float, name: str) -> None:
+def write_and_die_in_a_file(output_dir: Path, step: int, value: float, name: str, asynchronous: bool = False) -> None:
     """Die by SIGKILL with half of the file `name` written."""
     transformers.utils.logging.disable_progress_bar()
     sync = durable.sync_file
@@ -62,7 +89,7 @@ def write_and_die_in_a_file(output_dir: Path, step: int, value: float, name: str
         sync(path)
 
     durable.sync_file = writer.sync_file = dying
-    write(output_dir, step, value)
+    write(output_dir, step, value, asynchronous)
 
 
 def die() -> None:

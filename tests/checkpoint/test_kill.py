@@ -11,7 +11,8 @@ import torch
 
 from neox_hf.checkpoint import Box, fill_boxes, find_latest, open_checkpoint
 from tests.checkpoint.conftest import build
-from tests.checkpoint.dying_writer import PHASES, write, write_and_die, write_and_die_in_a_file
+from tests.checkpoint.dying_writer import PHASES, write, write_and_die, write_and_die_in_a_file, write_of_two
+from tests.gloo import free_port
 
 OLD, NEW = 1.0, 2.0
 
@@ -69,23 +70,51 @@ def check_aftermath(output_dir: Path, step: int, exists: bool) -> None:
 
 
 STEPS = pytest.mark.parametrize("step", [2, 3], ids=["same_step", "next_step"])
+ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["at_once", "in_background"])
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @STEPS
-def test_killed_before_a_phase(server, output_dir, step, phase):
-    kill(server, write_and_die, output_dir, step, NEW, phase, "before")
+@ASYNCHRONOUS
+def test_killed_before_a_phase(server, output_dir, step, phase, asynchronous):
+    kill(server, write_and_die, output_dir, step, NEW, phase, "before", asynchronous)
     check_aftermath(output_dir, step, exists=phase == "remove_set_aside")
 
 
 @STEPS
-def test_killed_at_the_very_end(server, output_dir, step):
-    kill(server, write_and_die, output_dir, step, NEW, PHASES[-1], "after")
+@ASYNCHRONOUS
+def test_killed_at_the_very_end(server, output_dir, step, asynchronous):
+    kill(server, write_and_die, output_dir, step, NEW, PHASES[-1], "after", asynchronous)
     check_aftermath(output_dir, step, exists=True)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "manifest.json"])
 @STEPS
-def test_killed_with_half_a_file_written(server, output_dir, step, name):
-    kill(server, write_and_die_in_a_file, output_dir, step, NEW, name)
+@ASYNCHRONOUS
+def test_killed_with_half_a_file_written(server, output_dir, step, name, asynchronous):
+    kill(server, write_and_die_in_a_file, output_dir, step, NEW, name, asynchronous)
     check_aftermath(output_dir, step, exists=False)
+
+
+@pytest.mark.parametrize(
+    ("phase", "dying"),
+    [
+        *((phase, 0) for phase in PHASES if phase not in ("write_json", "write_weights")),
+        *((phase, 1) for phase in ("write_boxes", "write_deferred", "seal")),
+    ],
+)
+@ASYNCHRONOUS
+def test_one_of_two_ranks_is_killed(server, output_dir, phase, dying, asynchronous):
+    """The one before stays valid, or the new one is there whole; the survivor fails instead of waiting for ever."""
+    port = free_port()
+    ranks = [
+        server.Process(target=write_of_two, args=(rank, port, output_dir, 3, NEW, phase, dying, asynchronous))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert ranks[dying].exitcode == -signal.SIGKILL
+    assert ranks[1 - dying].exitcode not in (0, None)
+    check_aftermath(output_dir, 3, exists=phase == "remove_set_aside")

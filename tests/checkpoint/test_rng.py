@@ -69,10 +69,14 @@ def test_each_rank_has_its_own_file(tmp_path):
         restore_rng(checkpoint, Topology(data=2, rank=rank))
 
 
-def drawn_after_restore(checkpoint, rank: int, world_size: int) -> list[float]:
+def drawn_at(checkpoint, topology: Topology) -> list[float]:
     seed_all(99)
-    restore_rng(checkpoint, Topology(data=world_size, rank=rank))
+    restore_rng(checkpoint, topology)
     return draw()
+
+
+def drawn_after_restore(checkpoint, rank: int, world_size: int) -> list[float]:
+    return drawn_at(checkpoint, Topology(data=world_size, rank=rank))
 
 
 def test_another_world_is_seeded_by_a_rule_and_says_so(tmp_path, caplog):
@@ -89,6 +93,32 @@ def test_another_world_is_seeded_by_a_rule_and_says_so(tmp_path, caplog):
     assert drawn_after_restore(first, 3, 4) == drawn["first", 3, 4]
     assert "written by 1 pipeline x 2 data x 1 tensor processes, this run has 1 pipeline x 4 data" in caplog.text
     assert "rank 3 seeds its random number generators with" in caplog.text
+
+
+def write_layout(output_dir: Path, **sizes: int) -> Path:
+    """A checkpoint of another layout, with one rank's generators standing for all."""
+    world = sizes["pipeline"] * sizes["data"] * sizes["tensor"]
+    writers = [CheckpointWriter(output_dir, 6, rank=rank, world_size=world) for rank in range(world)]
+    for writer in writers:
+        write_rng(writer)
+        torch.rand(1)
+    for writer in writers[1:]:
+        writer.seal()
+    return writers[0].commit(sizes)
+
+
+def test_the_layout_counts_and_not_the_number_of_ranks(tmp_path, caplog):
+    seed_all(5)
+    checkpoint = open_checkpoint(write_layout(tmp_path, pipeline=1, data=2, tensor=2))
+    places = [Topology(pipeline=2, tensor=2, rank=rank) for rank in range(4)]
+    drawn = [drawn_at(checkpoint, place) for place in places]
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3], "tensor ranks draw the same, stages do not"
+    assert "1 pipeline x 2 data x 2 tensor processes, this run has 2 pipeline x 1 data x 2 tensor" in caplog.text
+    assert drawn[0] != drawn_at(checkpoint, Topology(pipeline=2, data=2, rank=0)), "the sizes count"
+    caplog.clear()
+    same = [drawn_at(checkpoint, Topology(data=2, tensor=2, rank=rank)) for rank in range(4)]
+    assert len({tuple(numbers) for numbers in same}) == 4, "each continues its own"
+    assert not caplog.text
 
 
 @pytest.mark.gpu

@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 from neox_hf.checkpoint import CheckpointWriter, hf_names, open_checkpoint
 from neox_hf.checkpoint.model_files import save_model_files
 from neox_hf.checkpoint.weight_loading import load_weights
-from neox_hf.checkpoint.weights import INDEX
+from neox_hf.checkpoint.weight_names import Weight
+from neox_hf.checkpoint.weights import INDEX, plan_files
 from neox_hf.errors import CheckpointError
 from tests.checkpoint.conftest import SIZES, build
 
@@ -221,3 +222,31 @@ def test_the_configuration_keeps_what_it_had(tmp_path):
     plain = json.loads((save(model, tmp_path / "a").path / "config.json").read_text())
     cast = json.loads((save(model, tmp_path / "b", dtype=torch.float16).path / "config.json").read_text())
     assert {**plain, "dtype": "float16"} == cast
+
+
+def weights_of_sizes(*sizes: int) -> tuple[list[Weight], dict[Weight, int]]:
+    weights = [Weight((f"w{at}",), torch.empty(0), (size,), None) for at, size in enumerate(sizes)]
+    return weights, {weight: weight.shape[0] for weight in weights}
+
+
+def planned(sizes: list[int], stages: list[int], limit: int) -> list[tuple[str, list[str], int, int]]:
+    weights, bytes_of = weights_of_sizes(*sizes)
+    files = plan_files(weights, stages, bytes_of, limit)
+    return [(file.name, [weight.name for weight in file.weights], file.stage, file.number) for file in files]
+
+
+def test_files_are_filled_up_to_the_limit():
+    assert planned([4, 6, 11, 3, 3, 5], [0] * 6, limit=10) == [
+        ("model-00001-of-00004.safetensors", ["w0", "w1"], 0, 0),
+        ("model-00002-of-00004.safetensors", ["w2"], 0, 1),
+        ("model-00003-of-00004.safetensors", ["w3", "w4"], 0, 2),
+        ("model-00004-of-00004.safetensors", ["w5"], 0, 3),
+    ]
+
+
+def test_a_file_belongs_to_one_stage():
+    assert planned([1, 1, 1, 1], [0, 1, 0, 1], limit=10) == [
+        ("model-00001-of-00002.safetensors", ["w0", "w2"], 0, 0),
+        ("model-00002-of-00002.safetensors", ["w1", "w3"], 1, 0),
+    ]
+    assert planned([1, 1], [0, 0], limit=10) == [("model.safetensors", ["w0", "w1"], 0, 0)]
