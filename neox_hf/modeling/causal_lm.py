@@ -44,14 +44,15 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def summed_loss(self, hidden_states: Tensor, next_tokens: Tensor) -> Tensor:
+    def summed_loss(self, hidden_states: Tensor, next_tokens: Tensor, head: Tensor | None = None) -> Tensor:
         """Sum of the losses of next tokens int64 [B, S], -100 for none, given what `finish` returns [B, S, H].
 
-        fp32, the same on every rank of a tensor group; logits are never whole.
+        fp32, the same on every rank of a tensor group; logits are never whole. head: the head's weight, if a view of it
+        must be what gets the gradient.
         """
         return linear_cross_entropy(
             hidden_states.flatten(0, 1),
-            self.lm_head.weight,
+            self.lm_head.weight if head is None else head,
             next_tokens.flatten(),
             backend=self.config.kernels,
             **self.words_of_this_rank(),

@@ -67,20 +67,26 @@ class Stage(nn.Module):
         return super().train(mode)
 
     def forward(self, received: Between) -> Between:
-        """The next stage's input, or hidden states that are ready for the head."""
+        """The next stage's input; of the last stage, the hidden states that are ready for the head, and its weight."""
         received, *positions = received if isinstance(received, tuple) else (received,)
         model = self.model.gpt_neox
         position_ids = positions[0] if positions else None
         hidden = model.embed(received) if self.is_first else received
         hidden, _ = model.run_layers(self.layers, hidden, position_ids=position_ids)
         if self.is_last:
-            return model.finish(hidden)
+            # The weight goes out with them so that every gradient comes back through the outputs: that is where
+            # DeepSpeed begins a backward pass, by clearing what there is of bf16 gradients.
+            head = self.lm_head.weight
+            return model.finish(hidden), head.view_as(head)
         return (hidden, *positions) if positions else hidden
 
-    def loss(self, hidden: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum of the losses of next tokens [B, S] given hidden states, times a weight: labels are (tokens, weight)."""
-        next_tokens, weight = labels
-        return self.model.summed_loss(hidden, next_tokens) * weight
+    def loss(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
+        """Sum of the losses of next tokens [B, S] given the last stage's outputs, times a weight.
+
+        labels: (next tokens, weight).
+        """
+        (hidden, head), (next_tokens, weight) = outputs, labels
+        return self.model.summed_loss(hidden, next_tokens, head) * weight
 
 
 def _is_on_meta(module: nn.Module) -> bool:

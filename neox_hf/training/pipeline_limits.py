@@ -36,7 +36,7 @@ def check_trainer(trainer: "NeoXTrainer") -> None:
         found = getattr(trainer, name)
         if found is not None and not isinstance(found, wanted):
             raise ValueError(
-                f"{name} is a {type(found).__name__}; with {trainer.topology} it must be a {wanted.__name__}, "
+                f"{name} is a {type(found).__name__}; with {trainer.topology} it must be of {wanted.__name__}, "
                 "which gives all ranks of a replica the same batches"
             )
     if not args.deepspeed:
