@@ -1,4 +1,4 @@
-"""Every recipe that ships loads, fits one process, and says what was published."""
+"""Every recipe that ships loads, fits a world, and says what was published."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ SHIPPED = sorted(path.name for path in RECIPES.glob("*.yaml"))
 
 
 def test_the_recipes_are_there():
-    assert {"demo.yaml", "pythia_160m.yaml", "pythia_1.4b.yaml", "neox_20b.yaml"} <= set(SHIPPED)
+    expected = {"demo.yaml", "pythia_160m.yaml", "pythia_1.4b.yaml", "neox_20b.yaml", "gpt3_175b.yaml"}
+    assert expected <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -51,6 +52,29 @@ def test_published_hyper_parameters(name, monkeypatch):
     )
     assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon, train.max_grad_norm) == (0.9, 0.95, 1e-8, 1.0)
     assert (train.lr_decay_style, train.lr_warmup_fraction, recipe.data.seq_length) == ("cosine", 0.01, 2048)
+
+
+# Processes of one replica, the replicas' ranks as published, the largest stage's parameters on each rank.
+LAYOUTS = {
+    "neox_20b.yaml": (8, "96 = 4 pipeline x 12 data x 2 tensor; 4 samples at a time, 32 times a step", "2,646,998,016"),
+    "gpt3_175b.yaml": (
+        96,
+        "192 = 12 pipeline x 2 data x 8 tensor; 1 samples at a time, 768 times a step",
+        "1,891,282,944",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_the_large_recipes(name, monkeypatch):
+    smallest, world, parameters = LAYOUTS[name]
+    recipe = load_recipe([name], str(RECIPES))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert f"# world:           {smallest} = " in dry_run_report(recipe)
+    monkeypatch.setenv("WORLD_SIZE", world.split()[0])
+    report = dry_run_report(recipe)
+    assert f"# world:           {world}" in report
+    assert f"{parameters} parameters on each rank" in report
 
 
 def test_the_demo_is_small_enough_for_a_laptop():
