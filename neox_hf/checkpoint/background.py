@@ -73,6 +73,12 @@ class CheckpointSaver:
             raise
         from_first_rank(self.topology, flight.wait_for_all)
 
+    def let_finish(self, seconds: float) -> None:
+        """Give the checkpoint in flight some time, and tell nobody how it went: for a rank that ends by an error of its
+        own or for want of a peer. What all ranks had written by then is not lost."""
+        if self._flight is not None:
+            self._flight.join(seconds)
+
 
 class _Flight:
     """One checkpoint in the making, on one rank."""
@@ -94,6 +100,9 @@ class _Flight:
     def wait_for_all(self) -> None:
         self._thread.join()
         self._raise_error()
+
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
 
     def abandon(self) -> None:
         """Give up on the other ranks, and let the thread end."""

@@ -41,6 +41,9 @@ from neox_hf.training.throughput import Throughput, sustained_matmul_tflops
 
 logger = logging.getLogger(__name__)
 
+SECONDS_TO_FINISH_A_CHECKPOINT = 10.0
+"""What a run that ends by an error gives the checkpoint in flight; a launcher waits 30 before it kills."""
+
 
 class NeoXTrainer(Trainer):
     """Trains a GPT-NeoX model.
@@ -264,6 +267,9 @@ class NeoXTrainer(Trainer):
                 return super().train(str(self.resumed.path) if self.resumed else None, *args, **kwargs)
             except DivergenceError:  # on every rank: what was saved before it is good
                 self.run_state.wait()
+                raise
+            except BaseException:  # perhaps on this rank alone
+                self.run_state.saver.let_finish(SECONDS_TO_FINISH_A_CHECKPOINT)
                 raise
 
     def _finalize_training(self, *args: Any) -> TrainOutput:

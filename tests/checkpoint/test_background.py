@@ -169,6 +169,18 @@ def test_a_rank_that_never_finishes_is_given_up(tmp_path):
     assert find_latest(tmp_path).path is None
 
 
+def test_a_rank_that_ends_alone_leaves_it_some_time(tmp_path, monkeypatch):
+    go_on = slow_down(monkeypatch)
+    saver = CheckpointSaver(Topology.single(), asynchronous=True)
+    saver.let_finish(60)
+    begin(saver, tmp_path, 3, 1.0)
+    saver.let_finish(0.01)
+    assert find_latest(tmp_path).path is None
+    threading.Timer(0.2, go_on.set).start()
+    saver.let_finish(60)
+    assert value_of(tmp_path / "checkpoint-3") == 1.0
+
+
 def test_a_process_does_not_stay_for_its_checkpoint(tmp_path):
     writer = CheckpointWriter(tmp_path, 1, world_size=2, deferred=True)
     CheckpointSaver(Topology.single(), asynchronous=True, patience=60).commit(writer, {}, lambda path: None)

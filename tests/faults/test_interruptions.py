@@ -107,9 +107,11 @@ def test_killed_in_the_middle_of_a_step(runs, at_step):
 
 
 @pytest.mark.parametrize(("phase", "when"), [*((phase, "before") for phase in WRITER_PHASES), ("rename", "after")])
-def test_killed_while_a_checkpoint_is_written(runs, phase, when):
-    name = f"{phase}-{when}"
-    assert runs.run(name, prepare=kill_in_phase, phase=phase, when=when) == [-signal.SIGKILL]
+@pytest.mark.parametrize("background", [True, False])
+def test_killed_while_a_checkpoint_is_written(runs, phase, when, background):
+    name = f"{phase}-{when}-{background}"
+    how = f"train.save_in_background={str(background).lower()}"
+    assert runs.run(name, how, prepare=kill_in_phase, phase=phase, when=when) == [-signal.SIGKILL]
     assert runs.run(name) == [0], runs.message(name)
     finished = phase == "rename" and when == "after"
     assert f"resuming from {runs.folder / name}/checkpoint-{4 if finished else 2}" in runs.message(name)
@@ -163,6 +165,7 @@ def test_survivors_of_a_dead_peer_end_without_saving(runs):
     ranks = runs.start(
         "orphan",
         "train.per_device_train_batch_size=1",
+        "train.save_in_background=false",  # the dead one may not have finished its part
         world_size=2,
         prepare=kill_second_rank,
         at_step=3,
