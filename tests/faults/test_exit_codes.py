@@ -67,16 +67,16 @@ def test_a_token_id_beyond_the_vocabulary_ends_with_code_3(runs):
 
 def shrink_vocabulary(rank: int, rows: int) -> None:
     """Build a model with fewer rows than the tokenizer has tokens, which the recipe's own checks cannot know of."""
-    from neox_hf.training import pretraining
+    from neox_hf.training import first_model
 
-    stock = pretraining.model_config
+    stock = first_model.model_config
 
     def smaller(*args, **kwargs):
         config = stock(*args, **kwargs)
         config.vocab_size = rows
         return config
 
-    pretraining.model_config = smaller
+    first_model.model_config = smaller
 
 
 # Divergence: 4

@@ -239,6 +239,20 @@ def test_the_same_losses_with(runs, option):
     assert list(found.values()) == pytest.approx(list(plain.values()), rel=1e-5)
 
 
+@pytest.mark.parametrize("layout", [PP2, TP2])
+def test_released_weights_start_a_split_model(runs, layout):
+    if not (runs.folder / "plain").exists():
+        run(runs, "plain", PP2)
+    released = f"model={{pretrained: {runs.folder / 'plain'}, hidden_dropout: 0}}"
+    theirs = [f"model.{size}=null" for size in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
+    losses = []
+    for name, *split in (("from-one",), (f"from-{layout[9]}", layout)):
+        run(runs, name, released, *theirs, *split, "train.max_steps=1", world_size=1 + len(split))
+        losses.append(by_step(final_log(runs, name), "loss")[1])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0] < by_step(final_log(runs, "plain"), "loss")[1]
+
+
 def test_bf16_follows_fp32_as_closely_as_one_process_does(runs):
     losses = {}
     for name, overrides, world_size in (
