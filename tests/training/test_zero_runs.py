@@ -108,3 +108,30 @@ def test_an_evaluation_before_training(runs, stage):
     said = next(line for line in runs.message(name).splitlines() if line.startswith("before training:"))
     (first,) = [entry["eval_loss"] for entry in runs.log_history(name, 8) if entry["step"] == 0]
     assert float(said.split(":")[1]) == pytest.approx(first, rel=1e-6)
+
+
+def overflow_in_fp16(rank: int, at_steps: list[int]) -> None:
+    """Let the CPU do what it can but must not be asked for, and make the gradients of some steps overflow."""
+    import os
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    from neox_hf.training import recipe_parallel
+
+    type(get_accelerator()).is_fp16_supported = lambda _: True
+    recipe_parallel._precision_problems = lambda *_: []
+    spoil(rank, at_steps)
+
+
+@pytest.mark.parametrize("stage", [STAGES[0], pytest.param(STAGES[1], marks=pytest.mark.slow)])
+def test_fp16_finds_its_scale_by_overflowing(runs, stage):
+    """With `nan_policy: raise`, too: DeepSpeed bears one overflow and halves the scale at the second."""
+    name = f"fp16-{stage[-1]}"
+    run(runs, name, stage, "train.precision=fp16", prepare=overflow_in_fp16, at_steps=[2, 3])
+    entries = {entry["step"]: entry for entry in runs.log_history(name, 8) if "loss" in entry}
+    assert [entries[step]["grad_norm"] == float("inf") for step in (1, 2, 3, 4)] == [False, True, True, False]
+    assert (entries[8]["skipped_steps"], entries[8]["loss"] < entries[1]["loss"]) == (2, True)
+    scale = json.loads((runs.folder / name / "checkpoint-8" / "state" / "loss_scale.json").read_text())
+    assert scale == {"cur_scale": 2**15, "cur_iter": 8, "last_overflow_iter": 2, "cur_hysteresis": 1}
+    assert {tensor.dtype for tensor in runs.weights(name, 8).values()} == {torch.float16}
