@@ -6,7 +6,8 @@ from neox_hf.checkpoint.directory import recover
 from neox_hf.checkpoint.final import write_final
 from neox_hf.checkpoint.lock import OutputLock
 from neox_hf.checkpoint.manifest import FileRecord, Manifest
-from neox_hf.checkpoint.optimizer_state import load_optimizer, write_optimizer
+from neox_hf.checkpoint.optimizer_loading import load_optimizer
+from neox_hf.checkpoint.optimizer_saving import write_optimizer
 from neox_hf.checkpoint.reader import Checkpoint, open_checkpoint
 from neox_hf.checkpoint.released import load_released_weights, released_files
 from neox_hf.checkpoint.rng import restore_rng, rng_state, write_rng

@@ -8,18 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neox_hf.checkpoint.directory import STATE
 from neox_hf.checkpoint.optimizer_containers import MASTER, Cell, Container
 from neox_hf.checkpoint.partitioned import whole_shape
 from neox_hf.checkpoint.plain_values import dtype_name, encode_value
 from neox_hf.errors import CheckpointError
 from neox_hf.parallel.shards import Shard
 
+SCALARS = f"{STATE}/optimizer.json"
 Names = dict[nn.Parameter, str]
 Shards = dict[nn.Parameter, Shard]
 Document = dict[str, Any]
 
 IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """How a step is carried out belongs to the machine that runs now, not to the one that saved."""
+
+
+def slot_stem(slot: str) -> str:
+    """The stem of the files of one slot."""
+    return f"optimizer.{slot}"
 
 
 def is_slot(key: str, value: Any, cell: Cell) -> bool:
