@@ -19,10 +19,8 @@ from neox_hf.errors import DataError
 class EvaluationBatches:
     """This rank's share of the evaluation set, in batches of one size. Can be iterated any number of times.
 
-    Sample j goes to data rank j mod d. Every rank has the same number of batches of equal shape. Without
-    `eod_mask_loss` all batches have the same number of labels, and the mean of their losses over all ranks is the mean
-    over the set's labels. With it they differ by the documents that end in them, so that this mean, in which every
-    batch weighs the same, is in general not the mean over the labels and depends on how samples share batches.
+    Sample j goes to data rank j mod d. Every rank has the same number of batches of equal shape. With `eod_mask_loss`
+    they differ in how many labels they have, by the documents that end in them; `NeoXTrainer` weighs every label alike.
     Memory: 4 bytes for each of the rank's tokens.
 
     bad_rows: rows dropped while reading the set, by class. Every rank reads the whole set; only data rank 0 counts

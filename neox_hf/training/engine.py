@@ -12,8 +12,10 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
+from neox_hf.data import EvaluationBatches
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from neox_hf.parallel.shards import shards_of
+from neox_hf.training.label_weights import WeighedBatches
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -32,7 +34,7 @@ class Engine(Protocol):
         """See to it that the step whose gradients are not finite changes neither weights nor optimizer."""
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
-        """Loss over `batches`, a sized iterable with the same length on every rank."""
+        """Mean loss over the labels of all ranks' `batches`, a sized iterable with the same length on every rank."""
 
     def save_boxes(self, writer: CheckpointWriter) -> None:
         """Write what this rank holds of the optimizer's state. Every rank calls it."""
@@ -79,6 +81,8 @@ class NativeEngine:
             parameter.grad = None
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
+        if isinstance(batches, EvaluationBatches) and self.trainer.model_accepts_loss_kwargs:
+            batches = WeighedBatches(batches, self.topology, self.trainer.args)
         return Trainer.evaluation_loop(self.trainer, batches, **loop)
 
     def save_boxes(self, writer: CheckpointWriter) -> None:

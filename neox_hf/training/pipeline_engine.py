@@ -15,18 +15,18 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
+from accelerate.utils.memory import clear_device_cache
 from deepspeed.runtime.pipe.engine import PipelineEngine as Driver
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.data import EvaluationBatches
-from neox_hf.kernels import IGNORE_INDEX
 from neox_hf.modeling.stage import Stage
 from neox_hf.parallel.shards import shards_of
 from neox_hf.training import loss_scale
+from neox_hf.training.label_weights import count_labels
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
 
@@ -71,6 +71,8 @@ class PipelineEngine:
             return torch.zeros((), device=trainer.args.device)
         batches, self._collected = self._collected, []
         check_batches(len(batches), trainer.args.gradient_accumulation_steps)
+        if (often := trainer.args.torch_empty_cache_steps) and trainer.state.global_step % often == 0:
+            clear_device_cache()
         labels = torch.as_tensor(num_items, device=trainer.args.device).clamp(min=1)
         weight = len(batches) * self.topology.data / labels.double()
         return self.driver.train_batch(_pieces(batches, weight)).detach()
@@ -113,7 +115,7 @@ class PipelineEngine:
             one = torch.ones((), dtype=torch.double, device=trainer.args.device)
             mean = self.driver.eval_batch(_pieces(group, one), num_micro_batches=len(group))
             total += float(mean) * len(group) * self.topology.data
-            labels += sum((_next_tokens(batch) != IGNORE_INDEX).sum() for batch in group)
+            labels += sum(count_labels(batch) for batch in group)
             for _ in group:
                 trainer.control = trainer.callback_handler.on_prediction_step(
                     trainer.args, trainer.state, trainer.control
@@ -147,14 +149,7 @@ def _pieces(batches: Sequence[dict[str, Tensor]], weight: Tensor) -> Iterator[Pi
     for batch in batches:
         positions = batch.get("position_ids")
         tokens = batch["input_ids"]
-        yield (tokens if positions is None else (tokens, positions)), (_next_tokens(batch), weight.float())
-
-
-def _next_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """The next token at each position [B, S]; batches of other collators have labels that are not moved on by one."""
-    if "shift_labels" in batch:
-        return batch["shift_labels"]
-    return F.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+        yield (tokens if positions is None else (tokens, positions)), (batch["shift_labels"], weight.float())
 
 
 def _in_groups(batches: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:

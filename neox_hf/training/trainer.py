@@ -29,6 +29,7 @@ from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.divergence import GradientGuard
 from neox_hf.training.engine import engine_for
+from neox_hf.training.label_weights import NUM_ITEMS
 from neox_hf.training.optimizers import optimizer_class
 from neox_hf.training.precision import cast_weights
 from neox_hf.training.resume import checkpoint_to_resume
@@ -51,7 +52,8 @@ class NeoXTrainer(Trainer):
     Args:
         model: a causal language model, ours or stock; it is cast to the precision's weight dtype.
         args: see `NeoXTrainingArguments`.
-        topology: where this process stands; by default all of the world is data parallel.
+        topology: where this process stands, connected; by default all of the world is data parallel. Where it splits
+            the model, `model` is built with it and has in memory what this rank runs (see `first_model`).
         train_dataset: a `TokenStream` (endless, exact, resumable), or anything HF's Trainer takes.
         eval_dataset: batches from `neox_hf.data.evaluation_batches`, or anything HF's Trainer takes.
         workers: loader processes of each rank, for a `TokenStream`.
@@ -147,6 +149,8 @@ class NeoXTrainer(Trainer):
         return self.engine.step(model, inputs, num_items_in_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        if batch_samples and NUM_ITEMS in batch_samples[0]:
+            return batch_samples[0][NUM_ITEMS]
         counted = super()._get_num_items_in_batch(batch_samples, device)
         # HF adds up all processes, of which those of one replica have counted the same labels.
         return counted if counted is None else counted // self.topology.replica_size

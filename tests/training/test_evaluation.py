@@ -1,6 +1,7 @@
 """Evaluation and the checkpoints it decides on: figures checked by hand, the best model, schedules, stock loading."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ def test_two_ranks_get_the_same_loss(runs):
     assert [row["eval_loss"] for row in two.values()] == pytest.approx(
         [row["eval_loss"] for row in one.values()], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_label_weighs_the_same_where_documents_end(runs, world_size):
+    name = f"masked-{world_size}"
+    rows = f"train.per_device_eval_batch_size={2 // world_size}"
+    options = [*EVALUATED, rows, "data={eod_mask_loss: true, eval_samples: 16}", "train.gradient_accumulation_steps=1"]
+    assert runs.run(name, *options, world_size=world_size) == [0] * world_size, runs.message(name)
+    model = StockGPTNeoX.from_pretrained(runs.folder / name / "checkpoint-8").eval()
+    settings = replace(data_settings(runs.corpus, samples=16), eod_mask_loss=True)
+    held_out = evaluation_batches(settings, byte_tokenizer(), batch_size=2, vocab_size=VOCAB)
+    counts = {int((batch["shift_labels"] != -100).sum()) for batch in held_out}
+    assert len(counts) > 1, "batches with equally many labels would show nothing"
+    found = eval_rows(runs.log_history(name, 8))[8]["eval_loss"]
+    assert found == pytest.approx(loss_by_hand(model, held_out), rel=1e-6)
 
 
 def test_stock_transformers_gets_the_same_logits(runs):

@@ -127,7 +127,7 @@ def test_a_step_that_is_not_finite_ends_the_run(runs):
 
 EVALUATED = [
     "train={eval_strategy: steps, eval_steps: 4, eval_on_start: true, per_device_eval_batch_size: 4}",
-    "data={eval_samples: 8, eod_mask_loss: true}",
+    "data={eval_samples: 16, eod_mask_loss: true}",
     "model.hidden_dropout=0",
 ]
 
@@ -154,7 +154,7 @@ def loss_by_hand(runs: Runs, folder: Path) -> float:
         seq_length=32,
         streams=4,
         eval_fraction=0.2,
-        eval_samples=8,
+        eval_samples=16,
         eod_mask_loss=True,
     )
     model, total, labels = StockGPTNeoX.from_pretrained(folder).eval(), 0.0, 0
