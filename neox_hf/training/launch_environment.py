@@ -37,8 +37,10 @@ CLIPPING = "ACCELERATE_GRADIENT_CLIPPING"
 NOT_CHOSEN = {PRECISION: "no", ACCUMULATION: "1", COMPILER: "no"}
 """What Accelerate writes where nobody chose anything."""
 
-SETTLED = (PRECISION, CPU, DEEPSPEED, ACCUMULATION, CLIPPING, "ACCELERATE_CONFIG_DS_FIELDS")
+SETTLED = (CPU, DEEPSPEED, ACCUMULATION, CLIPPING, "ACCELERATE_CONFIG_DS_FIELDS")
 SETTLED_PREFIX = "ACCELERATE_DEEPSPEED_"
+"""What is taken out. The precision stays: `NeoXTrainingArguments` overrules it, and by it a process knows later that
+`accelerate launch` has started it."""
 
 SAME_PRECISION = {"bf16": ("bf16", "amp"), "fp16": ("fp16",)}
 """Recipes that a launcher's `--mixed_precision` agrees with."""
