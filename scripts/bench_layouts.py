@@ -121,7 +121,9 @@ def launch(world: int, command: list[str], result: Path) -> dict[str, Any]:
     """Run one variant; what it measured, or why there is nothing."""
     result.unlink(missing_ok=True)
     begin = time.perf_counter()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [*launcher, *command], capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False
@@ -172,7 +174,7 @@ def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Name
     )
     columns = ["layout", "tokens/s", *(f"/ {name}" for name in peers), "peak GiB", "loss differs by", "norm differs by"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    first = next(iter(ours.values()))
+    first = next((figures for figures in ours.values() if figures), {})
     for name, figures in {**ours, **peers}.items():
         if not figures:
             print(f"| {name} | failed |")

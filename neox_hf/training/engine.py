@@ -7,6 +7,7 @@ the `PipelineEngine` runs the steps; the trainer does not change for it.
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -67,7 +68,8 @@ class NativeEngine:
     def prepare(self, model: nn.Module) -> nn.Module:
         if isinstance(model, DataParallel) or not self.precision.master:
             return model
-        if self.topology.data == 1:
+        # A launcher's world of one counts: on a CPU Accelerate would wrap that in DistributedDataParallel too.
+        if self.trainer.accelerator.distributed_type == DistributedType.NO:
             accumulate_gradients_in_fp32(model)
             return model
         # Device placement and compilation as Accelerate does them, but not its bf16 gradient reduction.
