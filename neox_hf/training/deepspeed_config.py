@@ -53,6 +53,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": float(train.max_grad_norm),
         "steps_per_print": NEVER,
+        # Its stopwatch waits for the device at every micro-batch; the trainer has its own.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_section(parallel, topology),

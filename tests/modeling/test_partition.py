@@ -51,7 +51,7 @@ def test_bounds_that_are_no_partition(bounds):
 
 
 def test_more_stages_than_layers():
-    with pytest.raises(TopologyError, match="parallel.pipeline=4 stages need at least as many layers"):
+    with pytest.raises(TopologyError, match=r"parallel\.pipeline=4 stages need at least as many layers"):
         stage_bounds(config(3), 4)
     with pytest.raises(TopologyError, match="4 stages need at least as many layers; there are 3"):
         stage_bounds(config(3), 4, [0, 1, 2, 3, 3])
