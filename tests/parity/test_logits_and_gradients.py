@@ -146,13 +146,19 @@ def test_return_dict_false(make_pair, tokens):
 
 
 def test_bfloat16_is_no_further_from_the_truth(make_pair, tokens):
-    ids = tokens(rows=4, length=64)
-    exact = make_pair(num_hidden_layers=4, hidden_size=128)
+    errors = torch.tensor([bfloat16_errors(make_pair, tokens, seed) for seed in range(8)])
+    theirs, ours = errors.mean(0)
+    assert ours <= theirs * 1.01  # two roundings apart they scatter by about 1 % for each seed
+
+
+def bfloat16_errors(make_pair, tokens, seed: int) -> list[float]:
+    """Distance of stock's and of our bf16 logits from stock's in fp32."""
+    ids = tokens(rows=4, length=64, seed=seed)
+    dtypes = (torch.float32, torch.bfloat16)
+    exact, low = (make_pair(num_hidden_layers=4, hidden_size=128, dtype=dtype) for dtype in dtypes)
     with torch.no_grad():
         truth = exact.stock(ids).logits
-        low = make_pair(num_hidden_layers=4, hidden_size=128, dtype=torch.bfloat16)
-        theirs, ours = (((model(ids).logits.float() - truth) ** 2).mean().sqrt() for model in (low.stock, low.ours))
-    assert ours <= theirs * 1.02  # two roundings apart they scatter by about 1 %
+        return [float(((model(ids).logits.float() - truth) ** 2).mean().sqrt()) for model in (low.stock, low.ours)]
 
 
 def test_same_seed_same_weights():
