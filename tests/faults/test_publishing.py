@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM as StockForCausalLM
 
 from tests.hub_server import HubServer
+from tests.layouts import LAYOUTS, world_size
 from tests.runs import Runs, exit_codes
 
 TOKEN = "hf_" + "Loopback" * 5
@@ -96,6 +99,26 @@ def test_what_is_pushed_loads(runs, hub, tmp_path):
         (tmp_path / path).write_bytes(content)
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 256
     assert load(hub.files(REPO)["model.safetensors"])["embed_out.weight"].shape == (384, 32)
+
+
+@pytest.mark.parametrize("layout", ["pp2-tp2", "zero3"])
+def test_a_run_of_any_layout_publishes(layout, runs, hub, tmp_path):
+    """Where several ranks write the weights, what is pushed is whole all the same, and stock transformers loads it."""
+    sizes = LAYOUTS[layout]
+    parallel = [f"parallel.{name}={size}" for name, size in sizes.items() if name != "data"]
+    shares = [*parallel, "train.per_device_train_batch_size=1"]
+    codes = runs.run(layout, *PUSH, *shares, world_size=world_size(sizes), prepare=use_hub, url=hub.url)
+    assert set(codes) == {0}, runs.message(layout)
+    assert hub.pushes == ["step2", "step4", "main"]
+    assert not [path for path, _ in all_files(hub) if path.startswith("state")]
+    for revision, folder in (("step2", runs.folder / layout / "checkpoint-2"), ("main", runs.folder / layout)):
+        (tmp_path / revision).mkdir()
+        for path, content in hub.files(REPO, revision).items():
+            (tmp_path / revision / path).write_bytes(content)
+        pushed, local = (
+            StockForCausalLM.from_pretrained(place).state_dict() for place in (tmp_path / revision, folder)
+        )
+        assert all(torch.equal(pushed[name], local[name]) for name in local)
 
 
 @pytest.mark.parametrize(("required", "code"), [(False, 0), (True, 1)])
