@@ -11,7 +11,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+from tests.gloo import COVERAGE_FILE
+
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ranks of a session that measures coverage measure theirs too; see `tests.gloo.measured`."""
+    if getattr(config.option, "cov_source", None):
+        os.environ[COVERAGE_FILE] = str(config.rootpath / ".coverage")
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,12 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+COVERAGE_FILE = "RANKS_COVERAGE_FILE"
+"""Variable with the data file of a session that measures coverage; its ranks leave theirs beside it."""
 
 PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "neox_hf"]
 TIMEOUT_SECONDS = 240
@@ -56,6 +60,24 @@ def _collect(ranks: list, results: Any, world_size: int) -> list[Any]:
     return [answers[rank] for rank in range(world_size)]
 
 
+@contextmanager
+def measured() -> Iterator[None]:
+    """Adds what a rank runs to the session's coverage, if it measures any."""
+    data_file = os.environ.get(COVERAGE_FILE)
+    if data_file is None:
+        yield
+        return
+    from coverage import Coverage
+
+    measuring = Coverage(data_file=data_file, data_suffix=True, source=["neox_hf"])
+    measuring.start()
+    try:
+        yield
+    finally:
+        measuring.stop()
+        measuring.save()
+
+
 def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, args: tuple) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -73,7 +95,9 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, r
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
         # Plain pickle: a tensor sent as shared memory would be gone with the rank that made it.
-        results.put((rank, pickle.dumps(function(rank, *args)), None))
+        with measured():
+            answer = function(rank, *args)
+        results.put((rank, pickle.dumps(answer), None))
         dist.barrier()
     except BaseException:  # noqa: BLE001 - reported to the parent, which fails the test
         results.put((rank, None, traceback.format_exc()))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.gloo import PRELOAD, free_port
+from tests.gloo import PRELOAD, free_port, measured
 
 TIMEOUT_SECONDS = 200
 WORDS = [
@@ -148,6 +148,6 @@ def _run_rank(rank, world_size, port, recipe, overrides, prepare, given) -> None
 
     if prepare is not None:
         prepare(rank, **given)
-    with exit_on_user_error():
+    with measured(), exit_on_user_error():
         code = pretrain(load_recipe([str(recipe)], None, overrides))
     sys.exit(code)

@@ -27,6 +27,7 @@ def single(runs) -> Curve:
     return train_curve({}, runs)
 
 
+@pytest.mark.slow  # tests/topologies has each stage once
 @pytest.mark.parametrize("stage", ZERO)
 def test_two_ranks_follow_one_process(runs, single, stage):
     curve = train_curve({"data": 2, **ZERO[stage]}, runs, EACH_ALONE)
@@ -57,6 +58,7 @@ def our_bf16(runs) -> Curve:
     return train_curve({"data": 2}, runs, EACH_ALONE, BF16, name="bf16-ours")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage 1", "stage 2", "stage 3"])
 def test_bf16_accumulates_and_reduces_in_fp32(runs, our_bf16, stage):
     """Of two replicas and four micro-batches, the first step's norm is ours: bf16 sums would change its third digit.
