@@ -4,9 +4,8 @@
 the `PipelineEngine` runs the steps; the trainer does not change for it.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -57,16 +56,33 @@ def engine_for(trainer: "NeoXTrainer") -> Engine:
     return PipelineEngine(trainer)
 
 
-class NativeEngine:
-    """Accelerate's replicas, or ours where gradients must be fp32 under bf16 weights; the stock step and loop."""
+class OptimizerBoxes:
+    """The half of an engine that all engines share: their optimizer, into a checkpoint and back."""
 
     def __init__(self, trainer: "NeoXTrainer") -> None:
         self.trainer = trainer
-        self.precision = trainer.args.numeric
         self.topology = trainer.topology
 
+    @property
+    def optimizer(self) -> Any:
+        """The trainer's optimizer without Accelerate's wrapper: a torch optimizer, or one of DeepSpeed's."""
+        optimizer = self.trainer.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def save_boxes(self, writer: CheckpointWriter) -> None:
+        model = self.trainer.model
+        write_optimizer(writer, self.optimizer, hf_names(model), shards_of(model), self.topology)
+
+    def load_boxes(self, checkpoint: Checkpoint) -> None:
+        model = self.trainer.model
+        load_optimizer(self.optimizer, hf_names(model), shards_of(model), checkpoint, self.topology)
+
+
+class NativeEngine(OptimizerBoxes):
+    """Accelerate's replicas, or ours where gradients must be fp32 under bf16 weights; the stock step and loop."""
+
     def prepare(self, model: nn.Module) -> nn.Module:
-        if isinstance(model, DataParallel) or not self.precision.master:
+        if isinstance(model, DataParallel) or not self.trainer.args.numeric.master:
             return model
         # A launcher's world of one counts: on a CPU Accelerate would wrap that in DistributedDataParallel too.
         if self.trainer.accelerator.distributed_type == DistributedType.NO:
@@ -86,15 +102,3 @@ class NativeEngine:
         if isinstance(batches, EvaluationBatches) and self.trainer.model_accepts_loss_kwargs:
             batches = WeighedBatches(batches, self.topology, self.trainer.args)
         return Trainer.evaluation_loop(self.trainer, batches, **loop)
-
-    def save_boxes(self, writer: CheckpointWriter) -> None:
-        model = self.trainer.model
-        write_optimizer(writer, self._optimizer(), hf_names(model), shards_of(model), self.topology)
-
-    def load_boxes(self, checkpoint: Checkpoint) -> None:
-        model = self.trainer.model
-        load_optimizer(self._optimizer(), hf_names(model), shards_of(model), checkpoint, self.topology)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.trainer.optimizer
-        return getattr(optimizer, "optimizer", optimizer)

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.data import EvaluationBatches
 from neox_hf.modeling.stage import Stage
-from neox_hf.parallel.shards import shards_of
-from neox_hf.training import loss_scale
+from neox_hf.training.deepspeed_optimizer import DeepSpeedOptimizer
 from neox_hf.training.label_weights import count_labels
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
@@ -37,13 +35,12 @@ Piece = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """One micro-batch for DeepSpeed: what the first stage reads, and (next tokens, weight) for the last."""
 
 
-class PipelineEngine:
+class PipelineEngine(DeepSpeedOptimizer):
     """See the module. `driver` is DeepSpeed's engine once there is one."""
 
     def __init__(self, trainer: "NeoXTrainer") -> None:
         check_trainer(trainer)
-        self.trainer = trainer
-        self.topology = trainer.topology
+        super().__init__(trainer)
         self.stage = Stage.of_materialised(trainer.model, trainer.topology)
         self.driver: Driver | None = None
         self._collected: list[dict[str, Tensor]] = []
@@ -51,8 +48,7 @@ class PipelineEngine:
     def prepare(self, model: nn.Module) -> nn.Module:
         """DeepSpeed's engine around this rank's stage; `model` stays what configuration and names are asked of."""
         trainer = self.trainer
-        # DeepSpeed's own count; where it differs from Accelerate's, Accelerate warns and takes it.
-        trainer.accelerator.gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+        self.take_accumulation()
         self._compile_layers()
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, its topology and its seeds
             deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
@@ -76,10 +72,6 @@ class PipelineEngine:
         labels = torch.as_tensor(num_items, device=trainer.args.device).clamp(min=1)
         weight = len(batches) * self.topology.data / labels.double()
         return self.driver.train_batch(_pieces(batches, weight)).detach()
-
-    def drop_step(self) -> None:
-        """DeepSpeed has left weights and optimizer as they were, on every rank; the schedule goes on all the same."""
-        self.driver.optimizer.overflow = False
 
     def evaluate(
         self,
@@ -123,16 +115,6 @@ class PipelineEngine:
         if self.topology.data > 1:
             dist.all_reduce(labels, group=self.topology.groups.data)
         return total, int(labels)
-
-    def save_boxes(self, writer: CheckpointWriter) -> None:
-        model = self.trainer.model
-        write_optimizer(writer, self.driver.optimizer, hf_names(model), shards_of(model), self.topology)
-        loss_scale.write(writer, self.driver.optimizer)
-
-    def load_boxes(self, checkpoint: Checkpoint) -> None:
-        model = self.trainer.model
-        load_optimizer(self.driver.optimizer, hf_names(model), shards_of(model), checkpoint, self.topology)
-        loss_scale.load(checkpoint, self.driver.optimizer)
 
     def _compile_layers(self) -> None:
         """Compile each layer where the run compiles; a pipeline's schedule is no graph."""

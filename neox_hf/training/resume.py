@@ -27,6 +27,16 @@ def checkpoint_to_resume(request: str | bool | None, output_dir: Path, topology:
     return None if found is None else open_checkpoint(found[0], verified=found[1])
 
 
+def open_on_all_ranks(path: Path, topology: Topology) -> Checkpoint:
+    """The checkpoint at `path`, which rank 0 has verified for all.
+
+    Raises:
+        CheckpointError: on every rank, when it is missing or damaged.
+    """
+    manifest = from_first_rank(topology, lambda: verify_checkpoint(path))
+    return open_checkpoint(path, verified=manifest)
+
+
 def _decide(request: str | bool | None, output_dir: Path) -> tuple[Path, Manifest] | None:
     if not request:
         return None

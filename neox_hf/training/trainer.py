@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from neox_hf.checkpoint import Checkpoint, OutputLock, open_checkpoint, write_final
+from neox_hf.checkpoint import Checkpoint, OutputLock, write_final
 from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.errors import DivergenceError
@@ -32,12 +32,13 @@ from neox_hf.training.engine import engine_for
 from neox_hf.training.label_weights import NUM_ITEMS
 from neox_hf.training.optimizers import optimizer_class
 from neox_hf.training.precision import cast_weights
-from neox_hf.training.resume import checkpoint_to_resume
+from neox_hf.training.resume import checkpoint_to_resume, open_on_all_ranks
 from neox_hf.training.run_state import RunState
 from neox_hf.training.save_schedule import SaveSchedule, is_scheduled
 from neox_hf.training.schedules import learning_rate
 from neox_hf.training.seeding import seed_process
 from neox_hf.training.signals import StopRequest
+from neox_hf.training.step_watch import EvaluationStopped, StepWatch
 from neox_hf.training.throughput import Throughput, sustained_matmul_tflops
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class NeoXTrainer(Trainer):
         self.guard = GradientGuard(args.effective_nan_policy, args.max_skipped_steps)
         self.run_state = RunState(self, documents or {})
         self.add_callback(SaveSchedule(args.save_schedule))
-        self.add_callback(_StepWatch(self))
+        self.add_callback(StepWatch(self))
 
     # Data
 
@@ -336,7 +337,7 @@ class NeoXTrainer(Trainer):
         """The checkpoint this run resumes from, which is verified already, or another one."""
         if self.resumed is not None and self.resumed.path == Path(path):
             return self.resumed
-        return open_checkpoint(path)
+        return open_on_all_ranks(Path(path), self.topology)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model and its tokenizer so that `from_pretrained` loads them; each file atomically.
@@ -358,31 +359,3 @@ class NeoXTrainer(Trainer):
             return None
         self.publisher.publish_final(Path(self.args.output_dir))
         return self.publisher.close(wait_seconds)
-
-
-class EvaluationStopped(Exception):
-    """All ranks have agreed to stop, in the middle of an evaluation."""
-
-
-class _StepWatch(TrainerCallback):
-    """Runs the stopwatch and carries a stop request into HF's control flow."""
-
-    def __init__(self, trainer: NeoXTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **kwargs: object) -> None:
-        self.trainer.throughput.start()
-
-    def on_prediction_step(self, args, state, control, **kwargs: object) -> None:
-        if self.trainer.is_in_train and self.trainer.stop.agree():
-            raise EvaluationStopped
-
-    def on_step_end(self, args, state, control, **kwargs: object):
-        if isinstance(self.trainer.train_dataset, TokenStream):
-            # A stream is one long epoch; HF would count it from where this process resumed.
-            state.epoch = state.global_step / state.max_steps
-        if self.trainer.stop.agree():
-            control.should_save = True
-            control.should_evaluate = False  # there is no time, and under `save_strategy: best` it would decide
-            control.should_training_stop = True
-        return control

@@ -15,17 +15,16 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from neox_hf.checkpoint import Checkpoint, CheckpointWriter
 from neox_hf.modeling.fresh_weights import draw_weights
 from neox_hf.modeling.model import GPTNeoXPreTrainedModel
-from neox_hf.training import loss_scale
+from neox_hf.training.deepspeed_optimizer import DeepSpeedOptimizer
 from neox_hf.training.engine import NativeEngine
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
 
 
-class ZeroEngine(NativeEngine):
+class ZeroEngine(DeepSpeedOptimizer, NativeEngine):
     """The stock step and loop, where `accelerator.prepare` wraps the model in DeepSpeed's engine."""
 
     def __init__(self, trainer: "NeoXTrainer") -> None:
@@ -33,27 +32,14 @@ class ZeroEngine(NativeEngine):
         self.stage: int = trainer.args.deepspeed["zero_optimization"]["stage"]
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        # DeepSpeed's own count; where it differs from Accelerate's, Accelerate warns and takes it.
-        self.trainer.accelerator.gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
+        self.take_accumulation()
         return model
-
-    def drop_step(self) -> None:
-        """DeepSpeed has left weights and optimizer as they were, on every rank; the schedule goes on all the same."""
-        self._optimizer().overflow = False
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         if self.trainer.deepspeed is not None:
             return super().evaluate(batches, **loop)
         with self._without_deepspeed():
             return super().evaluate(batches, **loop)
-
-    def save_boxes(self, writer: CheckpointWriter) -> None:
-        super().save_boxes(writer)
-        loss_scale.write(writer, self._optimizer())
-
-    def load_boxes(self, checkpoint: Checkpoint) -> None:
-        super().load_boxes(checkpoint)
-        loss_scale.load(checkpoint, self._optimizer())
 
     @contextmanager
     def _without_deepspeed(self) -> Iterator[None]:

@@ -1,0 +1,25 @@
+"""What DeepSpeed's two engines have in common: an optimizer that clips, skips and scales by itself."""
+
+from neox_hf.checkpoint import Checkpoint, CheckpointWriter
+from neox_hf.training import loss_scale
+from neox_hf.training.engine import OptimizerBoxes
+
+
+class DeepSpeedOptimizer(OptimizerBoxes):
+    """The half of an engine that is the same whichever of DeepSpeed's engines steps."""
+
+    def take_accumulation(self) -> None:
+        """Tell Accelerate the micro-batches of a step: where its own count differs, it warns and takes DeepSpeed's."""
+        self.trainer.accelerator.gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
+
+    def drop_step(self) -> None:
+        """DeepSpeed has left weights and optimizer as they were, on every rank; the schedule goes on all the same."""
+        self.optimizer.overflow = False
+
+    def save_boxes(self, writer: CheckpointWriter) -> None:
+        super().save_boxes(writer)
+        loss_scale.write(writer, self.optimizer)
+
+    def load_boxes(self, checkpoint: Checkpoint) -> None:
+        super().load_boxes(checkpoint)
+        loss_scale.load(checkpoint, self.optimizer)
