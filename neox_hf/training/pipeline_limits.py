@@ -27,6 +27,10 @@ def check_trainer(trainer: "NeoXTrainer") -> None:
         "model_init (hyper-parameter search)": (trainer.model_init, "a split model is laid out once"),
         "auto_find_batch_size": (args.auto_find_batch_size, "the ranks would not find the same size"),
         "neftune_noise_alpha": (args.neftune_noise_alpha, "only the first stage has the embedding"),
+        "average_tokens_across_devices=False": (
+            not args.average_tokens_across_devices,
+            "a replica's loss is divided by the labels of all of them",
+        ),
         "label_smoothing_factor": (args.label_smoothing_factor, "the last stage computes the loss without it"),
     }
     for name, (given, reason) in reasons.items():

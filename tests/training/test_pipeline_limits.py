@@ -12,6 +12,7 @@ from neox_hf.training.pipeline_limits import check_batches, check_prediction, ch
 def fitting_trainer(**changes) -> SimpleNamespace:
     """What `check_trainer` reads of a trainer, all of it allowed."""
     args = {"auto_find_batch_size": False, "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "deepspeed": {1}}
+    args["average_tokens_across_devices"] = True
     fields = {
         "compute_metrics": None,
         "preprocess_logits_for_metrics": None,
@@ -39,6 +40,7 @@ def test_a_run_over_streams_fits():
         ("auto_find_batch_size", True),
         ("neftune_noise_alpha", 5.0),
         ("label_smoothing_factor", 0.1),
+        ("average_tokens_across_devices", False),
     ],
 )
 def test_refused_by_name(name, value):
