@@ -63,6 +63,24 @@ class Exchange:
             parts[owner] = mine
         return parts
 
+    def join(
+        self, owner: int, mine: Tensor, ranges: list[tuple[int, int]], shape: Shape, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Put a tensor together of which every rank of the axis has some consecutive elements. Every rank calls.
+
+        mine: this rank's elements, flat. ranges: first element and count of every rank's.
+
+        Returns:
+            On the owner the tensor, of `shape`, in host memory of its own; None elsewhere.
+        """
+        parts = self.collect(owner, mine if mine.numel() else None, [(n,) if n else None for _, n in ranges], dtype)
+        if not parts:
+            return None
+        whole = torch.empty(shape, dtype=dtype)
+        for (start, numel), part in zip(ranges, parts, strict=True):
+            whole.view(-1).narrow(0, start, numel).copy_(part)
+        return whole
+
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device).contiguous()
 

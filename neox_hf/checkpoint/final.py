@@ -12,7 +12,7 @@ from neox_hf.checkpoint.durable import allow_usual_readers, sync_directory, sync
 from neox_hf.checkpoint.model_files import save_model_files
 from neox_hf.checkpoint.tensor_file import write_tensors
 from neox_hf.checkpoint.verify import is_safe
-from neox_hf.checkpoint.weights import INDEX, SHARD_BYTES, SINGLE, WeightFiles
+from neox_hf.checkpoint.weights import INDEX, METADATA, SHARD_BYTES, SINGLE, WeightFiles
 from neox_hf.parallel.collectives import from_first_rank, together
 from neox_hf.parallel.topology import Topology
 
@@ -43,13 +43,13 @@ def write_final(
     with writing(output_dir):
         files = WeightFiles(model, topology, limit=shard_bytes)
         for name, tensors in files.mine():
-            write_tensors(work / name, tensors, files.METADATA)
+            write_tensors(work / name, tensors, METADATA)
             _make_durable(work / name)
     together(topology, lambda: None)
 
     def finish() -> None:
         with writing(output_dir):
-            beside = {**(extra_files or {}), **({files.INDEX: files.index} if files.index else {})}
+            beside = {**(extra_files or {}), **({INDEX: files.index} if files.index else {})}
             _write_beside(model, tokenizer, work, beside)
             everything = sorted((path for path in work.rglob("*") if path.is_file()), key=_moves_last)
             move_into_place(everything, work, output_dir)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box
@@ -105,15 +104,7 @@ class _Deal:
         size = len(held)
         owner = max(range(size), key=lambda rank: (held[rank][1], -((rank - number) % size)))
         mine = flat.narrow(0, piece.place.at, piece.place.numel)
-        parts = self._exchange.collect(
-            owner, mine if mine.numel() else None, [(n,) if n else None for _, n in held], flat.dtype
-        )
-        if not parts:
-            return None
-        local = torch.empty(whole_shape(piece.place.parameter), dtype=flat.dtype)
-        for (start, numel), part in zip(held, parts, strict=True):
-            local.view(-1).narrow(0, start, numel).copy_(part)
-        return local
+        return self._exchange.join(owner, mine, held, whole_shape(piece.place.parameter), flat.dtype)
 
 
 def _check_file_name(slot: str) -> None:

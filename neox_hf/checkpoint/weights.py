@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ from neox_hf.parallel.topology import Topology
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+METADATA = {"format": "pt"}
+"""Without it transformers refuses a file: it says that torch wrote it."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,6 @@ class WeightFiles:
     copies: give tensors in host memory that nobody will change; otherwise some are the model's own.
     index: content of the index; None where one file holds everything.
     """
-
-    METADATA: ClassVar[dict[str, str]] = {"format": "pt"}
-    INDEX: ClassVar[str] = INDEX
 
     def __init__(
         self,
@@ -127,14 +125,7 @@ class WeightFiles:
     def _from_partitions(self, weight: Weight, owner: int) -> Tensor | None:
         ranges = [partition_range(weight.tensor, rank) for rank in range(self._data.size)]
         mine = partition_of(weight.tensor, self._topology.data_rank)
-        shapes = [(numel,) if numel else None for _, numel in ranges]
-        parts = self._data.collect(owner, mine if mine.numel() else None, shapes, weight.dtype)
-        if not parts:
-            return None
-        whole = torch.empty(weight.shape, dtype=weight.dtype)
-        for (start, numel), part in zip(ranges, parts, strict=True):
-            whole.view(-1).narrow(0, start, numel).copy_(part)
-        return whole
+        return self._data.join(owner, mine, ranges, weight.shape, weight.dtype)
 
     def _dtype_of(self, weight: Weight) -> torch.dtype:
         return self._dtype if self._dtype is not None and weight.dtype.is_floating_point else weight.dtype

@@ -41,7 +41,7 @@ from neox_hf.checkpoint.manifest import FileRecord, Manifest
 from neox_hf.checkpoint.model_files import save_model_files
 from neox_hf.checkpoint.tensor_file import write_tensors
 from neox_hf.checkpoint.verify import is_safe
-from neox_hf.checkpoint.weights import SHARD_BYTES, WeightFiles
+from neox_hf.checkpoint.weights import INDEX, METADATA, SHARD_BYTES, WeightFiles
 from neox_hf.errors import CheckpointError
 from neox_hf.parallel.topology import Topology
 from neox_hf.version import versions
@@ -105,10 +105,10 @@ class CheckpointWriter:
         files = WeightFiles(model, topology, dtype, shard_bytes, copies=self.deferred)
         with writing(self.path):
             for name, tensors in files.mine():
-                self._put(name, tensors, files.METADATA, copied=True)
+                self._put(name, tensors, METADATA, copied=True)
             if self.rank == 0:
                 if files.index is not None:
-                    self.write_bytes(files.INDEX, files.index)
+                    self.write_bytes(INDEX, files.index)
                 work = self.path / "model"
                 save_model_files(model, work, tokenizer, dtype)
                 self._adopt(work)
