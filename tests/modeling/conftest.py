@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+from tests.modeling.small import SMALL
 
 
 @pytest.fixture

@@ -8,17 +8,10 @@ from torch import Tensor
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_hf.parallel import Topology, shards_of
+from tests.modeling.small import SMALL
 
-SMALL = {
-    "vocab_size": 150,  # two ranks pad it to 256 rows, four to 512: the last two ranks hold nothing real
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+UNEVEN = SMALL | {"vocab_size": 150}
+"""Two ranks pad the vocabulary to 256 rows, four to 512: the last two ranks hold nothing real."""
 
 
 @dataclass
@@ -32,7 +25,7 @@ class Layout:
 
     def whole(self) -> GPTNeoXForCausalLM:
         """The model of one process: every parameter drawn at random, norms and biases too."""
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**(SMALL | self.fields)))
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**(UNEVEN | self.fields)))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -68,7 +61,7 @@ class Pass:
 
 
 def batch(
-    rows: int = 2, length: int = 16, packed: bool = False, vocabulary: int = SMALL["vocab_size"]
+    rows: int = 2, length: int = 16, packed: bool = False, vocabulary: int = UNEVEN["vocab_size"]
 ) -> dict[str, Tensor]:
     """Random tokens, some of them without a label."""
     tokens = torch.randint(0, vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(2))

@@ -8,16 +8,8 @@ from neox_hf.modeling.fresh_weights import draw_weights
 from neox_hf.modeling.recompute import recompute_kwargs
 from neox_hf.parallel.topology import Topology
 from tests.gloo import run_ranks
+from tests.modeling.small import SMALL
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 CASES = [
     {"use_parallel_residual": parallel, "hidden_dropout": dropout, "attention_dropout": dropout}
     for parallel in (True, False)
@@ -27,7 +19,7 @@ CASES = [
 
 def gradients(topology, fields, mode):
     with torch.device("meta"):
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **fields), topology)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, initializer_range=0.2, **fields), topology)
     draw_weights(model, 1, "cpu")
     model.train()
     arguments = recompute_kwargs(mode)

@@ -36,22 +36,25 @@ class Interrupted:
 
     def curve(self, layout: str, *overrides: str) -> Curve:
         """The uninterrupted curve of `layout`; its checkpoint stays in `saved-...`."""
-        name = "-".join(["saved", layout, *overrides]).replace("=", "").replace(".", "")
+        name = name_of("saved", layout, *overrides)
         if name not in self._curves:
             self._curves[name] = train_curve(LAYOUTS[layout], self.runs, *SETTINGS, *overrides, name=name)
         return self._curves[name]
 
     def checkpoint(self, layout: str, *overrides: str):
         self.curve(layout, *overrides)
-        name = "-".join(["saved", layout, *overrides]).replace("=", "").replace(".", "")
-        return self.runs.folder / name / f"checkpoint-{SAVED_AT}"
+        return self.runs.folder / name_of("saved", layout, *overrides) / f"checkpoint-{SAVED_AT}"
 
     def resume(self, saved: str, layout: str, *overrides: str, changed: tuple[str, ...] = (), name: str = "") -> Curve:
         """The curve of a run of `layout` that goes on where `saved` was at SAVED_AT; `changed` is its own recipe."""
-        name = name or "-".join(["resumed", saved, layout, *overrides]).replace("=", "").replace(".", "")
+        name = name or name_of("resumed", saved, layout, *overrides)
         folder = self.runs.folder / name
         shutil.copytree(self.checkpoint(saved, *overrides), folder / f"checkpoint-{SAVED_AT}")
         return train_curve(LAYOUTS[layout], self.runs, *SETTINGS, *overrides, *changed, name=name)
+
+
+def name_of(*parts: str) -> str:
+    return "-".join(parts).replace("=", "").replace(".", "")
 
 
 @pytest.fixture(scope="module")
