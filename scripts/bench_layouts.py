@@ -24,7 +24,6 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from neox_hf.modeling.settings import model_config
-from neox_hf.parallel.topology import Topology
 from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import load_recipe
 
@@ -46,7 +45,7 @@ def parse_layout(text: str) -> dict[str, int]:
     layout = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in (*SIZES, "sequence", "compiled", "ddp", "pipeline"):
+        if name not in (*SIZES, "sequence", "compiled", "ddp"):
             raise SystemExit(f"{part!r} in {text!r} is no size or switch of a layout")
         layout[name] = int(value or 1)
     return layout
@@ -97,10 +96,7 @@ def work(options: argparse.Namespace) -> None:
     """One rank of one of our layouts."""
     recipe = load_recipe(options.config, None, options.set)
     args = recipe.training_arguments()
-    sizes = {"tensor": recipe.parallel.tensor, "pipeline": recipe.parallel.pipeline}
-    topology = Topology.from_world(
-        args.world_size, args.process_index, sequence=recipe.parallel.sequence, **sizes
-    ).connect()
+    topology = recipe.topology(args.world_size, args.process_index).connect()
     trainer = build_trainer(recipe, args, topology)
     clock = StepClock()
     trainer.add_callback(clock)
