@@ -23,7 +23,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}
-"""Without it transformers refuses a file: it says that torch wrote it."""
+"""Says that torch wrote the file, which transformers before 5 wants to know."""
 
 
 @dataclass(frozen=True)
