@@ -121,6 +121,8 @@ def launch(world: int, command: list[str], result: Path) -> dict[str, Any]:
     if world > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if world == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = "0"  # one process does not drive several GPUs
     done = subprocess.run(
         [*launcher, *command], capture_output=True, text=True, env=environment, timeout=TIMEOUT_SECONDS, check=False
     )

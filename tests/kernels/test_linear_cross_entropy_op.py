@@ -205,7 +205,7 @@ def test_memory_on_a_cuda_device():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels).backward()
-    assert torch.cuda.max_memory_allocated() - before < 11 * LOGITS_AT_ONCE + 10 * weight.numel()
+    assert torch.cuda.max_memory_allocated() - before < 13 * LOGITS_AT_ONCE + 10 * weight.numel()
 
 
 def test_no_logits_are_kept_for_the_backward_pass():
