@@ -107,7 +107,7 @@ def test_killed_in_the_middle_of_a_step(runs, at_step):
 
 
 @pytest.mark.parametrize(("phase", "when"), [*((phase, "before") for phase in WRITER_PHASES), ("rename", "after")])
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_killed_while_a_checkpoint_is_written(runs, phase, when, background):
     name = f"{phase}-{when}-{background}"
     how = f"train.save_in_background={str(background).lower()}"

@@ -167,7 +167,7 @@ def loss_by_hand(runs: Runs, folder: Path) -> float:
     return total / labels
 
 
-@pytest.mark.parametrize(("layout", "world_size"), [(PP2, 4), (TP2, 2)])
+@pytest.mark.parametrize(("layout", "world_size"), [(PP2, 4), pytest.param(TP2, 2, marks=pytest.mark.slow)])
 def test_evaluations_weigh_every_label_alike(runs, layout, world_size):
     name = f"evaluated-{layout[9]}"
     run(runs, name, layout, *EVALUATED, world_size=world_size, prepare=evaluate_first)
@@ -239,7 +239,7 @@ def test_the_same_losses_with(runs, option):
     assert list(found.values()) == pytest.approx(list(plain.values()), rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", [PP2, TP2])
+@pytest.mark.parametrize("layout", [PP2, pytest.param(TP2, marks=pytest.mark.slow)])
 def test_released_weights_start_a_split_model(runs, layout):
     if not (runs.folder / "plain").exists():
         run(runs, "plain", PP2)

@@ -13,6 +13,7 @@ from tests.faults.test_interruptions import signal_self
 from tests.runs import Runs
 
 STAGES = ["parallel.zero_stage=1", "parallel.zero_stage=3"]
+LAST_STAGE_FAST = [pytest.param(STAGES[0], marks=pytest.mark.slow), STAGES[1]]
 ONE_EACH = "train.gradient_accumulation_steps=1"
 
 
@@ -49,7 +50,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, stage, precision):
     assert runs.log_history(name, 8)[-1]["loss"] == runs.log_history(f"{name}-whole", 8)[-1]["loss"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LAST_STAGE_FAST)
 def test_the_best_weights_are_loaded_at_the_end(runs, stage):
     """The rate falls off a cliff upwards, so that the first evaluation stays the best."""
     name = f"best-{stage[-1]}"
@@ -101,7 +102,7 @@ def evaluate_first(rank: int) -> None:
     NeoXTrainer.train = train
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LAST_STAGE_FAST)
 def test_an_evaluation_before_training(runs, stage):
     name = f"before-{stage[-1]}"
     run(runs, name, stage, "train={eval_strategy: steps, eval_on_start: true}", prepare=evaluate_first)
