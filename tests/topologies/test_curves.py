@@ -64,7 +64,15 @@ def test_every_layout_with_every_option(layout, options, runs, singles):
     follow_one_process(layout, options, runs, singles)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2", "zero1", "zero2", "zero3", "pp2-tp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2-sp",
+        "pp2",
+        "zero3",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("dp2", "zero1", "zero2", "pp2-tp2")),
+    ],
+)
 def test_bf16_stays_as_near_as_one_process_does(layout, runs, singles):
     """bf16 rounds differently in another order of sums; how much that may matter is what it costs one process."""
     if "bf16" not in singles:
