@@ -3,12 +3,12 @@
 Ranks that found it missing would all build it at once, and one that was killed meanwhile would leave its lock behind.
 """
 
-import os
-
 import torch
 
+from neox_hf.training.launch_environment import prepare_deepspeed_on_cpu
+
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    prepare_deepspeed_on_cpu()
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)

@@ -7,6 +7,7 @@ says behind the recipe's back.
 
 import json
 import os
+import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,18 @@ def settle_environment(decided: Decisions, on_cuda: bool) -> None:
     for name in [*os.environ]:
         if name in SETTLED or name.startswith(SETTLED_PREFIX):
             del os.environ[name]
+
+
+def prepare_deepspeed_on_cpu() -> None:
+    """What DeepSpeed looks for in the environment of a host without CUDA, before it is imported.
+
+    It would warn of its guess of the device; and at its first use it compiles an extension for gloo with the ninja that
+    is installed beside this interpreter, which is on PATH only where the virtual environment has been activated.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    if scripts not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((path, scripts))
 
 
 def check_one_process_was_meant(on_cuda: bool, needed: int) -> None:

@@ -24,6 +24,7 @@ from neox_hf.training.launch_environment import (
     Decisions,
     check_one_process_was_meant,
     launch_command,
+    prepare_deepspeed_on_cpu,
     settle_environment,
 )
 from neox_hf.training.precision import precision_here
@@ -146,7 +147,7 @@ class Recipe:
         if self.train.save_schedule != "every":
             values["save_strategy"] = "no"  # the schedule's own callback asks for its steps
         if not on_cuda:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported by Accelerate, warns of its guess
+            prepare_deepspeed_on_cpu()
         if deepspeed is not None:
             self._tell_of_deepspeed()
             be_a_world_of_one(launched)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -287,3 +289,14 @@ def test_it_is_refused_before_arguments_exist(recipe, monkeypatch):
     with pytest.raises(RecipeError, match=r"^in the environment, ACCELERATE_USE_FSDP = true: "):
         recipe.training_arguments()
     assert not built.arguments
+
+
+def test_what_is_installed_beside_the_interpreter_is_found(monkeypatch):
+    """DeepSpeed calls ninja by name; a virtual environment that was not activated has it off PATH."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("DS_ACCELERATOR", "chosen")
+    environment.prepare_deepspeed_on_cpu()
+    environment.prepare_deepspeed_on_cpu()
+    assert os.environ["PATH"] == os.pathsep.join(("/nowhere", sysconfig.get_path("scripts")))
+    assert shutil.which("ninja")
+    assert os.environ["DS_ACCELERATOR"] == "chosen"
