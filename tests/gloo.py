@@ -16,7 +16,8 @@ from typing import Any
 COVERAGE_FILE = "RANKS_COVERAGE_FILE"
 """Variable with the data file of a session that measures coverage; its ranks leave theirs beside it."""
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "neox_hf"]
+PRELOAD = ["tests.ready_for_ranks"]
+"""Imported once, by the fork server. The first list that a session sets is the only one that counts."""
 TIMEOUT_SECONDS = 240
 
 

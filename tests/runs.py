@@ -51,7 +51,7 @@ class Runs:
     def start(self, name: str, *overrides: str, world_size: int = 1, prepare: Callable | None = None, **given: Any):
         """Start the ranks of a run in `folder/name`. `prepare(rank, **given)` runs in each before the job does."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOAD, "tests.deepspeed_ready", "neox_hf.training.pretraining"])
+        context.set_forkserver_preload(PRELOAD)
         recipe = self.folder / f"{name}.json"
         recipe.write_text(json.dumps(tiny_recipe(self.corpus, self.folder / name)))
         port = free_port()

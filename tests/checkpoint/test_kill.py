@@ -12,7 +12,7 @@ import torch
 from neox_hf.checkpoint import Box, fill_boxes, find_latest, open_checkpoint
 from tests.checkpoint.conftest import build
 from tests.checkpoint.dying_writer import PHASES, write, write_and_die, write_and_die_in_a_file, write_of_two
-from tests.gloo import free_port
+from tests.gloo import PRELOAD, free_port
 
 OLD, NEW = 1.0, 2.0
 
@@ -20,7 +20,7 @@ OLD, NEW = 1.0, 2.0
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.dying_writer"])
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

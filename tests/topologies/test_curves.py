@@ -52,7 +52,7 @@ def follow_one_process(layout: str, options: tuple, runs: Runs, singles: dict[tu
     assert curve[-1][0] < 0.9 * curve[0][0], "nothing was learnt, so nothing was compared"
 
 
-@pytest.mark.parametrize("layout", SPLIT)
+@pytest.mark.parametrize("layout", [pytest.param(one, marks=pytest.mark.slow if one == "tp4" else ()) for one in SPLIT])
 def test_layout_follows_one_process(layout, runs, singles):
     follow_one_process(layout, DEALT[layout], runs, singles)
 
@@ -67,10 +67,9 @@ def test_every_layout_with_every_option(layout, options, runs, singles):
 @pytest.mark.parametrize(
     "layout",
     [
-        "tp2-sp",
         "pp2",
         "zero3",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("dp2", "zero1", "zero2", "pp2-tp2")),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("tp2-sp", "dp2", "zero1", "zero2", "pp2-tp2")),
     ],
 )
 def test_bf16_stays_as_near_as_one_process_does(layout, runs, singles):
