@@ -14,6 +14,8 @@ import torch
 from tests.gloo import COVERAGE_FILE
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any is
 
 
 def pytest_configure(config: pytest.Config) -> None:

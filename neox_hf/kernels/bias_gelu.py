@@ -38,4 +38,4 @@ def bias_gelu(x: Tensor, bias: Tensor | None, form: GeluForm, *, backend: str = 
     """
     if form not in TORCH_FORMS:
         raise ValueError(f"GELU form {form!r} is unknown; choose one of {', '.join(TORCH_FORMS)}")
-    return BIAS_GELU.choose(backend, x.device)(x, bias, form)
+    return BIAS_GELU.choose(backend, x)(x, bias, form)

@@ -44,9 +44,7 @@ def cross_entropy(
         ValueError: neither kind of labels was given.
     """
     next_labels = labels_of_next_tokens(labels, shift_labels, ignore_index).to(logits.device).reshape(-1)
-    total = CROSS_ENTROPY.choose(backend, logits.device)(
-        logits.reshape(-1, logits.shape[-1]), next_labels, ignore_index
-    )
+    total = CROSS_ENTROPY.choose(backend, logits)(logits.reshape(-1, logits.shape[-1]), next_labels, ignore_index)
     return mean_over_labels(total, next_labels, num_items_in_batch, ignore_index)
 
 

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
+
+from neox_hf.kernels.language import runs_on
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels compute on, with statistics in fp32; more precision than that only the references have."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class Op:
     torch: Callable[..., Any]
     triton: Callable[..., Any] | None = None
 
-    def choose(self, backend: str, device: torch.device) -> Callable[..., Any]:
-        """The implementation for `backend` on `device`. `auto` takes Triton on CUDA wherever it exists.
+    def choose(self, backend: str, x: Tensor) -> Callable[..., Any]:
+        """The implementation for `backend` on tensors like `x`. `auto` takes Triton on CUDA wherever it exists.
 
         Raises:
             ValueError: the backend is unknown, or `triton` was asked for where it cannot run.
@@ -31,7 +37,8 @@ class Op:
         if backend == "torch":
             return self.torch
         if backend == "auto":
-            return self.triton if self.triton is not None and device.type == "cuda" else self.torch
+            fits = self.triton is not None and x.device.type == "cuda" and x.dtype in KERNEL_DTYPES
+            return self.triton if fits and runs_on(x.device) else self.torch
         if backend != "triton":
             raise ValueError(f"kernels={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if self.triton is None:
@@ -39,10 +46,16 @@ class Op:
                 f"kernels='triton', but no Triton kernel is registered for {self.name}; "
                 "kernels='auto' falls back to torch where there is none"
             )
-        if device.type != "cuda":
+        if not runs_on(x.device):
             raise ValueError(
-                f"kernels='triton', but {self.name} was given a tensor on {device}; "
+                f"kernels='triton', but {self.name} was given a tensor on {x.device}; "
                 "Triton kernels run on CUDA: move the model there, or use kernels='auto'"
+            )
+        if x.dtype not in KERNEL_DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+            raise ValueError(
+                f"kernels='triton', but {self.name} was given {x.dtype}; its kernel takes {names}: "
+                "cast the model, or use kernels='auto'"
             )
         return self.triton
 

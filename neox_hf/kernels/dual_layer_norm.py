@@ -35,4 +35,4 @@ def dual_layer_norm(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Normalise x [..., H] over H and apply two affines [H]; returns both results, in order."""
-    return DUAL_LAYER_NORM.choose(backend, x.device)(x, weight1, bias1, weight2, bias2, eps)
+    return DUAL_LAYER_NORM.choose(backend, x)(x, weight1, bias1, weight2, bias2, eps)

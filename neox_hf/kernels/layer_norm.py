@@ -22,4 +22,4 @@ LAYER_NORM = Op("layer_norm", torch=layer_norm_reference)
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
     """Normalise x [..., H] over H, then scale by weight [H] and shift by bias [H]."""
-    return LAYER_NORM.choose(backend, x.device)(x, weight, bias, eps)
+    return LAYER_NORM.choose(backend, x)(x, weight, bias, eps)

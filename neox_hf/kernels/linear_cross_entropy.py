@@ -243,5 +243,5 @@ def linear_cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: a chunk has at least one token")
     share = VocabularyShare(first_row, weight.shape[0] if rows is None else rows, all_max, all_sum)
-    implementation = LINEAR_CROSS_ENTROPY.choose(backend, hidden.device)
+    implementation = LINEAR_CROSS_ENTROPY.choose(backend, hidden)
     return implementation(hidden, weight, labels.to(hidden.device), ignore_index, share, chunk)

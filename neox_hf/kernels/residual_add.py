@@ -21,4 +21,4 @@ RESIDUAL_ADD = Op("residual_add", torch=residual_add_reference)
 
 def residual_add(x: Tensor, first: Tensor, second: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Add one branch [..., H], or two (attention and MLP of a parallel block), to the residual stream x [..., H]."""
-    return RESIDUAL_ADD.choose(backend, x.device)(x, first, second)
+    return RESIDUAL_ADD.choose(backend, x)(x, first, second)

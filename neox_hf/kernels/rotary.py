@@ -42,4 +42,4 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> t
         raise ValueError(
             f"rotary width {2 * cos.shape[-1]} is over the head size {qkv.shape[-1]}; rotary_pct must be at most 1"
         )
-    return ROTARY.choose(backend, qkv.device)(qkv, cos, sin)
+    return ROTARY.choose(backend, qkv)(qkv, cos, sin)

@@ -1,6 +1,7 @@
 """One place chooses the implementation, and says no clearly."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,20 @@ import torch
 from neox_hf import GPTNeoXConfig, GPTNeoXModel
 from neox_hf.kernels import OPS, Op, describe_choice
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+def tensor_on(device: str, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+    """What of a tensor a choice reads; of devices, too, that this host may not have."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+CPU, CUDA, META = tensor_on("cpu"), tensor_on("cuda"), tensor_on("meta")
+DOUBLE = tensor_on("cuda", torch.float64)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels are compiled, as they are where there is CUDA."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 def by_torch():
@@ -24,7 +38,7 @@ WITH_KERNEL = Op("sum_of_squares", torch=by_torch, triton=by_triton)
 
 
 @pytest.mark.parametrize(
-    ("op", "backend", "device", "expected"),
+    ("op", "backend", "x", "expected"),
     [
         (REFERENCE_ONLY, "auto", CPU, by_torch),
         (REFERENCE_ONLY, "auto", CUDA, by_torch),
@@ -32,11 +46,19 @@ WITH_KERNEL = Op("sum_of_squares", torch=by_torch, triton=by_triton)
         (WITH_KERNEL, "auto", CPU, by_torch),
         (WITH_KERNEL, "auto", CUDA, by_triton),
         (WITH_KERNEL, "torch", CUDA, by_torch),
+        (WITH_KERNEL, "auto", DOUBLE, by_torch),
         (WITH_KERNEL, "triton", CUDA, by_triton),
+        (WITH_KERNEL, "triton", META, by_triton),
     ],
 )
-def test_choice(op, backend, device, expected):
-    assert op.choose(backend, device) is expected
+def test_choice(op, backend, x, expected, compiled):
+    assert op.choose(backend, x) is expected
+
+
+def test_the_interpreter_runs_kernels_on_the_cpu_when_asked(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert WITH_KERNEL.choose("triton", CPU) is by_triton
+    assert WITH_KERNEL.choose("auto", CPU) is by_torch
 
 
 def test_triton_without_a_kernel_is_refused():
@@ -44,9 +66,14 @@ def test_triton_without_a_kernel_is_refused():
         REFERENCE_ONLY.choose("triton", CUDA)
 
 
-def test_triton_on_cpu_is_refused():
+def test_triton_on_cpu_is_refused(compiled):
     with pytest.raises(ValueError, match=r"sum_of_squares was given a tensor on cpu"):
         WITH_KERNEL.choose("triton", CPU)
+
+
+def test_triton_in_double_precision_is_refused(compiled):
+    with pytest.raises(ValueError, match=r"given torch.float64; its kernel takes float32, bfloat16, float16"):
+        WITH_KERNEL.choose("triton", DOUBLE)
 
 
 def test_unknown_backend_is_refused():
@@ -70,7 +97,7 @@ def test_a_model_logs_its_choice_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [describe_choice(OPS, "auto")]
 
 
-def test_every_op_of_the_model_honours_the_choice():
+def test_every_op_of_the_model_honours_the_choice(compiled):
     config = GPTNeoXConfig(
         vocab_size=16,
         hidden_size=16,
@@ -79,5 +106,5 @@ def test_every_op_of_the_model_honours_the_choice():
         intermediate_size=32,
         kernels="triton",
     )
-    with pytest.raises(ValueError, match="no Triton kernel is registered for dual_layer_norm"):
+    with pytest.raises(ValueError, match="kernels='triton', but "):
         GPTNeoXModel(config)(torch.zeros(1, 4, dtype=torch.int64))

@@ -1,0 +1,40 @@
+"""Triton, or a stand-in on systems it does not exist for, where kernels can be defined but not launched.
+
+Nothing is decided here: without CUDA `auto` takes the torch references, and whoever asks for `triton` is told.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+class _Absent:
+    """Takes the place of a module: any attribute of it, used as a decorator or in an annotation, is this again."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Absent":
+        return self
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+    triton = tl = _Absent()
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    return HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether a kernel can be launched on tensors of `device`; on `meta` only shapes are asked for."""
+    launchable = ("cuda", "meta", "cpu") if interprets() else ("cuda", "meta")
+    return HAS_TRITON and device.type in launchable
