@@ -182,9 +182,10 @@ class _Shared(torch.autograd.Function):
     def backward(ctx: Any, *partials: Tensor | None) -> tuple[Tensor | None, ...]:
         present = [partial for partial in partials if partial is not None]
         # In fp32: they are small, and this sum comes before any other rounding.
-        flat = torch.cat([partial.flatten().to(_at_least_fp32(partial)) for partial in present])
-        summed = start_all_reduce(flat, ctx.region).wait().split([partial.numel() for partial in present])
-        whole = iter(part.view_as(like).to(like.dtype) for part, like in zip(summed, present, strict=True))
+        flat = torch.cat([partial.flatten() for partial in present])
+        summed = start_all_reduce(flat.to(_at_least_fp32(flat)), ctx.region).wait().to(flat.dtype)
+        parts = summed.split([partial.numel() for partial in present])
+        whole = iter(part.view_as(like) for part, like in zip(parts, present, strict=True))
         return None, *(None if partial is None else next(whole) for partial in partials)
 
 

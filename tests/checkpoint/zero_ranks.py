@@ -37,7 +37,7 @@ class Kind:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-BF16 = {"bf16": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True, "immediate_grad_update": True}}
 KINDS = {
     "torch": Kind(0),
     "zero1": Kind(1),
