@@ -1,0 +1,300 @@
+"""Adam with decoupled weight decay, for all parameters of a group at once.
+
+    g = factor * gradient                      m = beta1 m + (1 - beta1) g         v = beta2 v + (1 - beta2) g²
+    w = w - lr decay w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+`factor` is what clipping and loss scaling come to, a number on the device; so is `skip`, which leaves weights, moments
+and step counts t as they are. All arithmetic is fp32, each result rounded once. Where there is a master copy w of
+low-precision weights, those are written too. The kernel reads and writes every byte once.
+
+Source: Loshchilov and Hutter, 2019, arXiv 1711.05101; order of operations as in torch's fused AdamW.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.tensor_list import ELEMENT_TYPES, TensorTables, find_chunk, is_aligned
+
+BLOCK = 1024
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class AdamWTensors:
+    """Lists of equal length, one entry for each parameter; all of an entry but the step have the parameter's shape.
+
+    weights: what the model computes with. gradients: of any dtype. masters: fp32 copies of the weights, or None where
+    the weights are their own. exp_avgs, exp_avg_sqs: the moments m and v. steps: t, fp32 scalars on the same device.
+    """
+
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    masters: list[Tensor] | None
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+    @property
+    def columns(self) -> list[list[Tensor]]:
+        """In the order in which the kernel's table has them."""
+        masters = [] if self.masters is None else [self.masters]
+        return [self.weights, self.gradients, self.exp_avgs, self.exp_avg_sqs, self.steps, *masters]
+
+    def alike(self) -> Iterator["AdamWTensors"]:
+        """Parts in which all entries have the same dtypes and the same device."""
+        parts: dict[tuple, list[int]] = {}
+        for entry, row in enumerate(zip(*self.columns, strict=True)):
+            parts.setdefault((row[0].device, *[tensor.dtype for tensor in row]), []).append(entry)
+        if len(parts) == 1:
+            yield self
+            return
+        for entries in parts.values():
+            picked = [None if column is None else [column[e] for e in entries] for column in vars(self).values()]
+            yield AdamWTensors(*picked)
+
+
+@dataclass(frozen=True)
+class AdamWRates:
+    """Numbers that may change every step. A tensor for `lr` is read on the device, as a CUDA graph needs it."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def adamw_reference(
+    tensors: AdamWTensors,
+    rates: AdamWRates,
+    factor: Tensor | None,
+    skip: Tensor | None,
+    zero_gradients: bool,
+    tables: TensorTables,
+) -> None:
+    """torch's own fused AdamW, on fp32 copies of what has less precision."""
+    narrow = [tensors.weights if tensors.masters is None else tensors.masters, tensors.exp_avgs, tensors.exp_avg_sqs]
+    wide = [[_at_least_fp32(x) for x in column] for column in narrow]
+    gradients = [g.to(w.dtype) for g, w in zip(tensors.gradients, wide[0], strict=True)]
+    if factor is not None:
+        gradients = [g * factor for g in gradients]
+    adamw(
+        wide[0],
+        gradients,
+        *wide[1:],
+        [],
+        tensors.steps,
+        fused=True,
+        found_inf=None if skip is None else (skip != 0).float(),
+        amsgrad=False,
+        beta1=rates.beta1,
+        beta2=rates.beta2,
+        lr=rates.lr,
+        weight_decay=rates.weight_decay,
+        eps=rates.eps,
+        maximize=False,
+    )
+    for column, results in zip(narrow, wide, strict=True):
+        for kept, result in zip(column, results, strict=True):
+            if kept is not result:
+                kept.copy_(result)
+    if tensors.masters is not None:
+        masters = tensors.masters
+        if skip is not None:
+            masters = [torch.where(skip != 0, w, m.to(w.dtype)) for w, m in zip(tensors.weights, masters, strict=True)]
+        torch._foreach_copy_(tensors.weights, masters)
+    if zero_gradients:
+        torch._foreach_zero_(tensors.gradients)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@triton.jit
+def _is_set(flag):
+    """1 where the step is to be skipped, else 0; never skipped, where no flag is given."""
+    return tl.full([], 0, tl.int32) if flag is None else (tl.load(flag) != 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _begin_step_kernel(
+    addresses, rows, scalars, skip, lr, weight_decay, log_beta1, log_beta2,
+    COLUMNS: tl.constexpr, LR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the step of each row, and compute what its elements share: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    and lr * decay. In fp64, since 1 - beta2^t has lost most of its digits in fp32 when t is small."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    step = tl.load(addresses + row * COLUMNS + 4, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    count = tl.load(step, mask=inside, other=0.0) + 1
+    rate = tl.load(lr) if LR_ON_DEVICE else lr
+    bias1 = 1 - tl.exp(count.to(tl.float64) * log_beta1)
+    bias2 = 1 - tl.exp(count.to(tl.float64) * log_beta2)
+    tl.store(scalars + row * 3, (rate / bias1).to(tl.float32), mask=inside)
+    tl.store(scalars + row * 3 + 1, (1 / tl.sqrt(bias2)).to(tl.float32), mask=inside)
+    tl.store(scalars + row * 3 + 2, tl.zeros([BLOCK], tl.float32) + rate * weight_decay, mask=inside)
+    tl.store(step, count - _is_set(skip), mask=inside)
+
+
+@triton.jit
+def _update(
+    weight, gradient, exp_avg, exp_avg_sq, master, mask,
+    factor, rate, root, decay, beta1_rest, beta2, beta2_rest, eps,
+    HAS_MASTER: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """One block of elements, whose pointers are given."""
+    own = master if HAS_MASTER else weight
+    w = tl.load(own, mask=mask).to(tl.float32)
+    g = tl.load(gradient, mask=mask).to(tl.float32) * factor
+    m = tl.load(exp_avg, mask=mask).to(tl.float32)
+    v = tl.load(exp_avg_sq, mask=mask).to(tl.float32)
+    m += (g - m) * beta1_rest
+    v = v * beta2 + g * g * beta2_rest
+    w -= w * decay
+    w -= tl.div_rn(rate * m, tl.sqrt_rn(v) * root + eps)
+    tl.store(own, w.to(own.dtype.element_ty), mask=mask)
+    tl.store(exp_avg, m.to(exp_avg.dtype.element_ty), mask=mask)
+    tl.store(exp_avg_sq, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
+    if HAS_MASTER:
+        tl.store(weight, w.to(weight.dtype.element_ty), mask=mask)
+    if ZERO:
+        tl.store(gradient, tl.zeros(gradient.shape, gradient.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _adamw_kernel(
+    addresses, owners, first_chunks, numels, scalars, factor, skip, beta1_rest, beta2, beta2_rest, eps,
+    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
+    HAS_MASTER: tl.constexpr, ZERO: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    row, start, length = find_chunk(owners, first_chunks, numels, CHUNK)
+    addresses += row * COLUMNS
+    at_weight, at_gradient = tl.load(addresses), tl.load(addresses + 1)
+    at_exp_avg, at_exp_avg_sq = tl.load(addresses + 2), tl.load(addresses + 3)
+    at_master = tl.load(addresses + 5) if HAS_MASTER else at_weight
+    weight = at_weight.to(tl.pointer_type(WEIGHT)) + start
+    gradient = at_gradient.to(tl.pointer_type(GRADIENT)) + start
+    exp_avg = at_exp_avg.to(tl.pointer_type(EXP_AVG)) + start
+    exp_avg_sq = at_exp_avg_sq.to(tl.pointer_type(EXP_AVG_SQ)) + start
+    master = at_master.to(tl.pointer_type(tl.float32)) + start
+    rate, root, decay = tl.load(scalars + row * 3), tl.load(scalars + row * 3 + 1), tl.load(scalars + row * 3 + 2)
+    scale = 1.0 if factor is None else tl.load(factor)
+
+    live = length * (1 - _is_set(skip))
+    aligned = is_aligned(at_weight | at_gradient | at_exp_avg | at_exp_avg_sq | at_master)
+    whole = tl.where(aligned, live // BLOCK, 0) * BLOCK
+    columns = tl.arange(0, BLOCK)
+    for at in range(0, whole, BLOCK):
+        _update(
+            tl.multiple_of(weight, VECTOR * WEIGHT.primitive_bitwidth // 8) + (at + columns),
+            tl.multiple_of(gradient, VECTOR * GRADIENT.primitive_bitwidth // 8) + (at + columns),
+            tl.multiple_of(exp_avg, VECTOR * EXP_AVG.primitive_bitwidth // 8) + (at + columns),
+            tl.multiple_of(exp_avg_sq, VECTOR * EXP_AVG_SQ.primitive_bitwidth // 8) + (at + columns),
+            tl.multiple_of(master, 16) + (at + columns),
+            None, scale, rate, root, decay, beta1_rest, beta2, beta2_rest, eps, HAS_MASTER, ZERO,
+        )  # fmt: skip
+    for at in range(whole, live, BLOCK):
+        _update(
+            weight + at + columns, gradient + at + columns, exp_avg + at + columns, exp_avg_sq + at + columns,
+            master + at + columns, at + columns < live,
+            scale, rate, root, decay, beta1_rest, beta2, beta2_rest, eps, HAS_MASTER, ZERO,
+        )  # fmt: skip
+    if ZERO:
+        for at in range(live, length, BLOCK):
+            tl.store(gradient + at + columns, tl.zeros([BLOCK], GRADIENT), mask=at + columns < length)
+
+
+def adamw_triton(
+    tensors: AdamWTensors,
+    rates: AdamWRates,
+    factor: Tensor | None,
+    skip: Tensor | None,
+    zero_gradients: bool,
+    tables: TensorTables,
+) -> None:
+    _check(tensors)
+    copies = [g.contiguous() for g in tensors.gradients]
+    columns = tensors.columns
+    columns[1] = copies
+    table = tables.table(columns)
+    skip = skip.view(torch.uint8) if skip is not None and skip.dtype == torch.bool else skip
+    scalars = _begin_step(table.addresses, rates, skip)
+    layout = table.layout
+    if layout.chunks:
+        types = [ELEMENT_TYPES[column[0].dtype] for column in columns]
+        _adamw_kernel[(layout.chunks,)](
+            table.addresses, layout.owners, layout.first_chunks, layout.numels, scalars, factor, skip,
+            1 - rates.beta1, rates.beta2, 1 - rates.beta2, rates.eps, *types[:4],
+            HAS_MASTER=tensors.masters is not None, ZERO=zero_gradients, COLUMNS=len(columns), CHUNK=layout.chunk,
+            BLOCK=BLOCK, VECTOR=16 // max(column[0].itemsize for column in columns if column is not tensors.steps),
+            num_warps=WARPS,
+        )  # fmt: skip
+    if zero_gradients:
+        for gradient, copy in zip(tensors.gradients, copies, strict=True):
+            if copy is not gradient:
+                gradient.zero_()
+
+
+def _begin_step(addresses: Tensor, rates: AdamWRates, skip: Tensor | None) -> Tensor:
+    """Launch the small kernel before the large one; returns its [rows, 3] fp32."""
+    rows, columns = addresses.shape
+    scalars = torch.empty(rows, 3, dtype=torch.float32, device=addresses.device)
+    on_device = isinstance(rates.lr, Tensor) and rates.lr.device == addresses.device
+    _begin_step_kernel[((rows + 127) // 128,)](
+        addresses, rows, scalars, skip, rates.lr.float() if on_device else float(rates.lr), rates.weight_decay,
+        *(math.log(beta) if beta > 0 else -math.inf for beta in (rates.beta1, rates.beta2)),
+        COLUMNS=columns, LR_ON_DEVICE=on_device, BLOCK=128,
+    )  # fmt: skip
+    return scalars
+
+
+def _check(tensors: AdamWTensors) -> None:
+    for weight, _, *kept in zip(*tensors.columns, strict=True):
+        if not all(tensor.is_contiguous() for tensor in (weight, *kept)):
+            raise ValueError(
+                f"the AdamW kernel wants contiguous weights and states, and found a weight of shape "
+                f"{tuple(weight.shape)} with strides {weight.stride()}; use kernels='torch'"
+            )
+        assert all(tensor.device == weight.device for tensor in kept)
+
+
+ADAMW = Op("adamw", torch=adamw_reference, triton=adamw_triton)
+
+
+@torch.no_grad()
+def adamw_(
+    tensors: AdamWTensors,
+    rates: AdamWRates,
+    *,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+    zero_gradients: bool = False,
+    tables: TensorTables | None = None,
+    backend: str = "auto",
+) -> None:
+    """Take one step, in place. It never waits for the device.
+
+    Plain launches rather than operators of `torch.library`: no gradient flows through a step, and naming its thousand
+    tensors to the dispatcher would cost the host more than the launch.
+
+    Args:
+        factor: what gradients are multiplied by, an fp32 scalar on the device; None is 1.
+        skip: a scalar on the device; where it is not 0, nothing but gradients to be zeroed is written.
+        zero_gradients: leave zeros in the gradients, in the same pass.
+        tables: the caller's, if it comes back with the same tensors.
+
+    Raises:
+        ValueError: a weight or its state is not contiguous, and the kernel was chosen.
+    """
+    tables = TensorTables() if tables is None else tables
+    for part in tensors.alike():
+        ADAMW.choose(backend, part.weights[0])(part, rates, factor, skip, zero_gradients, tables)
