@@ -1,13 +1,16 @@
 """One file per op: equation, plain-torch reference, public function. Imports torch alone."""
 
+from neox_hf.kernels.adamw import ADAMW, AdamWRates, AdamWTensors, adamw_
 from neox_hf.kernels.bias_gelu import BIAS_GELU, bias_gelu
 from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_entropy
 from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
 from neox_hf.kernels.dual_layer_norm import DUAL_LAYER_NORM, dual_layer_norm
+from neox_hf.kernels.gradient_norm import GRADIENT_NORM, clip_coefficient, gradient_norm, gradient_square_sum
 from neox_hf.kernels.layer_norm import LAYER_NORM, layer_norm
 from neox_hf.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from neox_hf.kernels.residual_add import RESIDUAL_ADD, residual_add
 from neox_hf.kernels.rotary import ROTARY, rotary
+from neox_hf.kernels.tensor_list import TensorTables
 
 OPS: tuple[Op, ...] = (
     LAYER_NORM,
@@ -20,15 +23,24 @@ OPS: tuple[Op, ...] = (
 )
 
 __all__ = [
+    "ADAMW",
     "BACKENDS",
+    "GRADIENT_NORM",
     "IGNORE_INDEX",
     "OPS",
+    "AdamWRates",
+    "AdamWTensors",
     "Backend",
     "Op",
+    "TensorTables",
+    "adamw_",
     "bias_gelu",
+    "clip_coefficient",
     "cross_entropy",
     "describe_choice",
     "dual_layer_norm",
+    "gradient_norm",
+    "gradient_square_sum",
     "layer_norm",
     "linear_cross_entropy",
     "residual_add",

@@ -13,8 +13,9 @@ class NeoXTrainingArguments(TrainingArguments):
     """`TrainingArguments` for GPT-NeoX pretraining.
 
     precision: `fp32`; `amp` (fp32 weights under bf16 autocast); `bf16` (bf16 weights and activations with fp32
-        master weights, moments and gradient accumulation); `fp16` (the same with a dynamic loss scale; DeepSpeed on
-        CUDA alone). `auto` is bf16 on CUDA and fp32 elsewhere.
+        master weights, moments and gradient accumulation); `pure_bf16` (weights, moments and gradients all bf16: half
+        the memory and traffic of the optimizer, and updates below a weight's last bit are lost); `fp16` (as bf16 with
+        a dynamic loss scale; DeepSpeed on CUDA alone). `auto` is bf16 on CUDA and fp32 elsewhere.
     activation_checkpointing: what the backward pass computes again: `none`, `full` blocks, or, `selective`, what is
         cheap to compute and large to keep. `true` and `false` are transformers' words for `full` and `none`.
     lr_decay_style: GPT-NeoX schedule; when set it replaces `lr_scheduler_type`.
@@ -28,7 +29,7 @@ class NeoXTrainingArguments(TrainingArguments):
     peak_tflops: dense peak or sustained rate of one device in TFLOP/s, for MFU; looked up when unset.
     """
 
-    precision: Literal["auto", "fp32", "amp", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "amp", "bf16", "pure_bf16", "fp16"] = "auto"
     activation_checkpointing: Literal["none", "full", "selective"] | bool | None = None
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] | None = None
     lr_warmup_fraction: float = 0.01

@@ -1,103 +1,64 @@
-"""AdamW over fp32 master copies of low-precision weights."""
+"""The optimizers of a recipe: AdamW over fp32 master copies of low-precision weights, and who takes which."""
 
-from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from neox_hf.errors import RecipeError
 from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.fused_adamw import FusedAdamW
 
-WITH_MASTER_WEIGHTS = ("adamw_torch_fused", "adamw_torch")
+FUSED = "adamw_torch_fused"
+WITH_MASTER_WEIGHTS = (FUSED, "adamw_torch")
 """Values of `train.optim` that have a form with fp32 master weights."""
 
 
-class MasterAdamW(torch.optim.Optimizer):
-    """Decoupled-weight-decay Adam whose arithmetic, master weights and moments are fp32.
+class MasterAdamW(FusedAdamW):
+    """AdamW whose arithmetic, master weights and moments are fp32, over weights of any dtype.
 
     Gradients may be fp32 (see `parallel.data_parallel.accumulate_gradients_in_fp32`) or of the parameter's dtype.
-    `state[p]` holds `master`, `exp_avg`, `exp_avg_sq` (fp32, the parameter's shape) and `step` (fp32 scalar). A
-    parameter whose gradient is None is left as it is, bit for bit.
-
-    Source: Loshchilov and Hutter 2019, arXiv 1711.05101; the update itself is torch's.
+    `state[p]` holds `master`, `exp_avg`, `exp_avg_sq` (fp32, the parameter's shape) and `step` (fp32 scalar). The
+    weights are what the masters round to.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        fused: bool = True,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        master = parameter.detach().to(torch.float32, copy=True)
+        return {"master": master, **super()._new_state(master)}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        states = [self._state_of(p) for p in parameters]
-        masters = [state["master"] for state in states]
-        adamw(
-            masters,
-            [p.grad.float() for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=not group["fused"] and masters[0].is_cuda,
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        torch._foreach_copy_(parameters, masters)
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
-            state["master"] = parameter.detach().float()
-            state["exp_avg"] = torch.zeros_like(state["master"])
-            state["exp_avg_sq"] = torch.zeros_like(state["master"])
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        return state
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch has cast all state to the parameters' dtype.
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, parameter in zip(keys, parameters, strict=True):
+            for slot, value in state_dict["state"].get(key, {}).items():
+                self.state[parameter][slot] = value.to(parameter.device, copy=True)
 
 
 def optimizer_class(
-    args: NeoXTrainingArguments, stock: tuple[type[torch.optim.Optimizer], dict[str, Any]]
+    args: NeoXTrainingArguments,
+    stock: tuple[type[torch.optim.Optimizer], dict[str, Any]],
+    kernels: str = "auto",
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer that `train.optim` and `train.precision` name together.
 
     Args:
         stock: HF's class and keyword arguments for `train.optim`.
+        kernels: `auto | triton | torch`, who computes the step of `adamw_torch_fused`.
 
     Raises:
         RecipeError: the precision keeps fp32 master weights, and this optimizer cannot.
     """
-    if not args.keeps_master:
-        return stock
     name, kwargs = str(args.optim.value), stock[1]
-    if name not in WITH_MASTER_WEIGHTS:
+    if args.keeps_master and name not in WITH_MASTER_WEIGHTS:
         raise RecipeError(
             f"train.optim={name!r} has no fp32 master weights, which train.precision={args.precision!r} keeps; "
             f"use {' or '.join(WITH_MASTER_WEIGHTS)}, or train.precision=amp"
         )
+    if args.deepspeed or not (args.keeps_master or name == FUSED):
+        return stock
     kept = {name: kwargs[name] for name in ("lr", "betas", "eps") if name in kwargs}
-    return MasterAdamW, {**kept, "fused": bool(kwargs.get("fused"))}
+    ours = MasterAdamW if args.keeps_master else FusedAdamW
+    return ours, {**kept, "fused": bool(kwargs.get("fused")), "kernels": kernels}

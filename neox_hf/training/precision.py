@@ -26,6 +26,7 @@ PRECISIONS = {
     "fp32": Precision(torch.float32),
     "amp": Precision(torch.float32, autocast=True),
     "bf16": Precision(torch.bfloat16, master=True),
+    "pure_bf16": Precision(torch.bfloat16),
     "fp16": Precision(torch.float16, master=True, scaled=True),
 }
 

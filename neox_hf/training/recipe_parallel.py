@@ -104,6 +104,12 @@ def _precision_problems(parallel: ParallelSettings, train: Any) -> Iterator[Prob
             "parallelism, has one dtype for all; use bf16, whose fp32 master weights it shards, or fp32"
         )
         yield Problem(where, train.precision, message)
+    if parallel.needs_deepspeed and train.precision == "pure_bf16":
+        message = (
+            "keeps no fp32 master weights; DeepSpeed, which runs ZeRO, tensor and pipeline parallelism, always does; "
+            "use bf16, whose masters it shards"
+        )
+        yield Problem(where, train.precision, message)
     if train.precision != "fp16":
         return
     if not parallel.needs_deepspeed:
