@@ -4,20 +4,32 @@ With a = x[0 : R/2], b = x[R/2 : R] and c = x[R : D] of each query and key head,
 
     a' = a cos t - b sin t        b' = b cos t + a sin t        c' = c
 
+The gradient is turned back: the same with -t.
+
 Shapes: qkv [B batch, S sequence, N heads, 3, D head size]; cos and sin [B or 1, S, R/2], fp32, where R <= D is the
 rotated width; returns query, key and value, each [B, N, S, D].
 Source: Su et al., 2021, arXiv 2104.09864; the halves, rather than adjacent pairs, are GPT-NeoX's (and the released
 weights').
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.qkv_gradient import heads, whole
+
+KEEPS_ROTATION = "keeps_rotation"
+"""A policy of selective checkpointing that keeps `neox_hf::rotary_in_place` says so by this attribute."""
 
 
-def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate in fp32 and round once. Splits, not slices: the gradient of a split is one concatenation."""
+def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate in fp32 and round once; never in place. Splits, not slices: their gradient is one concatenation."""
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
     query_key, value = qkv.split([2, 1], dim=3)
@@ -29,17 +41,285 @@ def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return query, key, value.squeeze(3).transpose(1, 2)
 
 
-ROTARY = Op("rotary", torch=rotary_reference)
+@triton.jit
+def _in_place_kernel(
+    qkv,
+    cos,
+    sin,
+    tokens,
+    sequence,
+    angles_of_batch,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Turn the first 2 HALF elements of query and key, in a block of tokens [T] and of query and key heads [R]."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # query 0, key 0, query 1, ...
+    column = tl.arange(0, BLOCK_HALF)
+    here = (token < tokens)[:, None] & (column < HALF)[None, :]
+    angle = (token // sequence)[:, None] * angles_of_batch + (token % sequence)[:, None] * HALF + column[None, :]
+    c = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)[:, None, :]
+    s = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)[:, None, :]
+    if BACK:
+        s = -s
+    head = (row + row // 2) * SIZE  # a value is passed over after each key
+    place = (token.to(tl.int64) * (HEADS * 3 * SIZE))[:, None, None] + head[None, :, None] + column[None, None, :]
+    inside = (token < tokens)[:, None, None] & (row < 2 * HEADS)[None, :, None] & (column < HALF)[None, None, :]
+    a = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(qkv + place, (a * c - b * s).to(qkv.dtype.element_ty), mask=inside)
+    tl.store(qkv + place + HALF, (b * c + a * s).to(qkv.dtype.element_ty), mask=inside)
 
 
-def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+@triton.jit
+def _assemble_kernel(
+    query,
+    key,
+    value,
+    out,
+    cos,
+    sin,
+    tokens,
+    sequence,
+    angles_of_batch,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    value_batch,
+    value_head,
+    value_token,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """out[B, S, N, 3, D] of a block of tokens and heads, from tensors [B, N, S, D] of any strides but the last, 1."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    column = tl.arange(0, BLOCK_SIZE)
+    turned = column < 2 * HALF
+    batch, position = token // sequence, token % sequence
+    here = (token < tokens)[:, None] & turned[None, :]
+    angle = (batch * angles_of_batch + position * HALF)[:, None]
+    angle += tl.where(column < HALF, column, column - HALF)[None, :]
+    c = tl.load(cos + angle, mask=here, other=1.0).to(tl.float32)[:, None, :]
+    s = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
+    sign = tl.where(column < HALF, -1.0, 1.0)[None, :]
+    if BACK:
+        sign = -sign
+    s = (s * sign)[:, None, :]
+
+    inside = (token < tokens)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
+    paired = inside & turned[None, None, :]
+    # Where a column's partner in the rotation lies; in the cache, since the same program reads it as itself.
+    across = tl.where(column < HALF, HALF, -HALF)[None, None, :]
+    batch, position = batch.to(tl.int64)[:, None, None], position.to(tl.int64)[:, None, None]
+    head, column = head[None, :, None], column[None, None, :]
+    query += batch * query_batch + head * query_head + position * query_token + column
+    key += batch * key_batch + head * key_head + position * key_token + column
+    value += batch * value_batch + head * value_head + position * value_token + column
+    q = tl.load(query, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(key, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(value, mask=inside, other=0.0)
+    q = q * c + tl.load(query + across, mask=paired, other=0.0).to(tl.float32) * s
+    k = k * c + tl.load(key + across, mask=paired, other=0.0).to(tl.float32) * s
+    out += token.to(tl.int64)[:, None, None] * (HEADS * 3 * SIZE) + head * (3 * SIZE) + column
+    tl.store(out, q.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + SIZE, k.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + 2 * SIZE, v, mask=inside)
+
+
+def _tile(width: int, rows: int) -> tuple[int, int, int]:
+    """Tokens, rows of a token and columns in one program of four warps: about 2048 elements of each tensor it reads,
+    two 16-byte loads a thread in bf16; whole rows, all rows of a token if they fit, then further tokens."""
+    columns = triton.next_power_of_2(width)
+    in_token = min(triton.next_power_of_2(rows), max(2048 // columns, 1))
+    return max(2048 // (columns * in_token), 1), in_token, columns
+
+
+def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int]:
+    """cos and sin without gaps, and how many elements lie between two batches: 0 where they share the angles."""
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
+
+
+# Custom operators that are not taken apart (`triton_op`): a compiler has nothing to fuse into them, and what it traces
+# is then the same where Triton's interpreter runs the kernels. It still rotates in place, where it can prove that
+# nobody reads the buffer afterwards.
+@torch.library.custom_op("neox_hf::rotary_in_place", mutates_args={"qkv"})
+def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Turn query and key inside the contiguous qkv [B, S, N, 3, D]; `back` is by the negative angles."""
+    batch, sequence, count, _, size = qkv.shape
+    if qkv.numel() == 0 or cos.shape[-1] == 0:
+        return
+    cos, sin, angles_of_batch = _angles(cos, sin)
+    half, rows = cos.shape[-1], 2 * count
+    block_tokens, block_rows, block_half = _tile(half, rows)
+    grid = (triton.cdiv(batch * sequence, block_tokens), triton.cdiv(rows, block_rows))
+    _in_place_kernel[grid](
+        qkv,
+        cos,
+        sin,
+        batch * sequence,
+        sequence,
+        angles_of_batch,
+        HEADS=count,
+        SIZE=size,
+        HALF=half,
+        BACK=back,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_ROWS=block_rows,
+        BLOCK_HALF=block_half,
+        num_warps=4,
+    )
+
+
+@rotary_in_place.register_fake
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    return None
+
+
+@torch.library.custom_op("neox_hf::rotary_assemble", mutates_args=())
+def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """Turn query and key [B, N, S, D] and lay them with value into a new [B, S, N, 3, D]; each byte is moved once."""
+    batch, count, sequence, size = query.shape
+    out = query.new_empty(batch, sequence, count, 3, size)
+    if out.numel() == 0:
+        return out
+    # What a sum sends back is one element expanded over all.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    cos, sin, angles_of_batch = _angles(cos, sin)
+    block_tokens, block_heads, block_size = _tile(size, count)
+    grid = (triton.cdiv(batch * sequence, block_tokens), triton.cdiv(count, block_heads))
+    _assemble_kernel[grid](
+        query,
+        key,
+        value,
+        out,
+        cos,
+        sin,
+        batch * sequence,
+        sequence,
+        angles_of_batch,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        HEADS=count,
+        SIZE=size,
+        HALF=cos.shape[-1],
+        BACK=back,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_HEADS=block_heads,
+        BLOCK_SIZE=block_size,
+        num_warps=4,
+    )
+    return out
+
+
+@rotary_assemble.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    batch, count, sequence, size = query.shape
+    return query.new_empty(batch, sequence, count, 3, size)
+
+
+class _Rotary(torch.autograd.Function):
+    """Changes its input unknown to autograd, which would otherwise want one output for it and add the three gradients
+    up in a pass of its own. The version counter is raised as it should be: whoever else keeps qkv for a backward pass
+    is told by autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.set_materialize_grads(False)
+        ctx.takes_one_buffer = True
+        if not in_place:
+            return heads(rotary_assemble(*heads(qkv), cos, sin, False))
+        turned = qkv.detach()
+        rotary_in_place(turned, cos, sin, False)
+        return heads(turned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        given = next((gradient for gradient in gradients if gradient is not None), None)
+        if given is None:
+            return None, None, None, None
+        cos, sin = ctx.saved_tensors
+        buffer = None if torch.compiler.is_compiling() else whole(*gradients)
+        if buffer is not None:
+            rotary_in_place(buffer, cos, sin, True)
+            return buffer, None, None, None
+        # What is not given is one row of zeros, read again and again.
+        nothing = given.new_zeros(given.shape[-1]).expand_as(given)
+        gradients = [nothing if gradient is None else gradient for gradient in gradients]
+        return rotary_assemble(*gradients, cos, sin, True), None, None, None
+
+
+def may_change(qkv: Tensor) -> bool:
+    """Whether the bytes of qkv may be rotated where they are: none twice, none of a parameter's, none twice over."""
+    owner = qkv if qkv._base is None else qkv._base
+    if not qkv.is_contiguous() or (owner.is_leaf and owner.requires_grad):
+        return False
+    return torch.compiler.is_compiling() or not _is_rotated_again()
+
+
+def _is_rotated_again() -> bool:
+    """Whether selective checkpointing may keep qkv but not its rotation, which would turn it again in the second pass.
+
+    It does not with a policy that keeps both and says so: then the second pass finds the kept qkv rotated, and the
+    operator kept.
+    """
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, _CachingTorchDispatchMode):
+            return not getattr(mode.policy_fn, KEEPS_ROTATION, False)
+        if isinstance(mode, _CachedTorchDispatchMode):
+            return torch.ops.neox_hf.rotary_in_place.default not in mode.storage
+    return False
+
+
+def rotary_triton(qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of qkv, rotated where it is, or of a rotated copy."""
+    return _Rotary.apply(qkv, cos, sin, in_place and may_change(qkv))
+
+
+ROTARY = Op("rotary", torch=rotary_reference, triton=rotary_triton)
+
+
+def rotary(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, in_place: bool = True, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split qkv [B, S, N, 3, D] into query, key and value [B, N, S, D] and rotate the first two.
 
+    in_place: the kernel rotates inside qkv and returns views of it, so qkv must be of no further use: the output of a
+    linear is not, whose gradients do not need it. A forward hook on that linear that keeps its output sees it change.
+    An operation that has saved qkv for its gradient fails in the backward pass with autograd's own message; then say
+    False. The kernel copies, in the same pass, a qkv that is not contiguous, that is a parameter's memory, or that
+    selective checkpointing may keep and rotate again. The reference always copies. cos and sin get no gradient from the
+    kernel.
+
     Raises:
-        ValueError: the angles are wider than a head.
+        ValueError: the shapes do not fit, or the angles are wider than a head.
     """
     if 2 * cos.shape[-1] > qkv.shape[-1]:
         raise ValueError(
             f"rotary width {2 * cos.shape[-1]} is over the head size {qkv.shape[-1]}; rotary_pct must be at most 1"
         )
-    return ROTARY.choose(backend, qkv)(qkv, cos, sin)
+    batch, sequence, _, parts, _ = qkv.shape
+    fits = cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == sequence
+    if parts != 3 or not fits:
+        raise ValueError(
+            f"rotary was given qkv {list(qkv.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)}; "
+            "it wants [B, S, N, 3, D] and twice [B or 1, S, R/2]"
+        )
+    return ROTARY.choose(backend, qkv)(qkv, cos, sin, in_place)
