@@ -1,29 +1,118 @@
 """Causal language-model loss.
 
-    loss = 1/n  sum over positions with label y of  ( log sum_v exp z_v  -  z_y )
+    loss = 1/n  sum over positions with label y of  ( lse - z_y + c lse^2 )        lse = log sum_v exp z_v
 
 Shapes: logits z [B batch, S sequence, V vocabulary]; labels int64 [B, S], -100 where there is none; returns a scalar in
 fp32 (fp64 for fp64 logits). n is `num_items_in_batch` where given (the labels of all micro-batches and ranks that make
 one step), else the labels seen here. With no label at all the loss is 0 and so is its gradient, not NaN.
+c is the weight of the z-loss, 0 unless given. The kernels are those of `softmax_rows.py`.
 Source: transformers' `ForCausalLMLoss`, whose numbers it gives wherever those are finite.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.softmax_rows import row_statistics, rows_gradient
 
 IGNORE_INDEX = -100
 
 
-def cross_entropy_reference(logits: Tensor, next_labels: Tensor, ignore_index: int) -> Tensor:
+def cross_entropy_reference(logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float = 0.0) -> Tensor:
     """Sum of the losses of logits [N, V] against next_labels [N], statistics in fp32."""
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise, next_labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(precise, next_labels, ignore_index=ignore_index, reduction="sum")
+    if z_loss:
+        lse = precise.logsumexp(dim=-1).masked_fill(next_labels == ignore_index, 0)
+        total = total + z_loss * lse.square().sum()
+    return total
 
 
-CROSS_ENTROPY = Op("cross_entropy", torch=cross_entropy_reference)
+# Opaque to a compiler, which has nothing to fuse with a pass over whole rows; so the interpreter runs the same op.
+@torch.library.custom_op("neox_hf::cross_entropy_forward", mutates_args=())
+def cross_entropy_forward(
+    logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, and the statistics [N, 1] and [N, 3] of `row_statistics`."""
+    peaks, sums, losses = row_statistics(
+        logits, next_labels, words=logits.shape[1], ignore_index=ignore_index, z_loss=z_loss
+    )
+    return losses.sum(), peaks, sums
+
+
+@cross_entropy_forward.register_fake
+def _(logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (rows, 1), (rows, 3)))
+
+
+@torch.library.custom_op("neox_hf::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    logits: Tensor,
+    next_labels: Tensor,
+    peaks: Tensor,
+    sums: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    z_loss: float,
+) -> Tensor:
+    """Gradient [N, V] in the logits: one read, one write."""
+    out = logits.new_empty(logits.shape)
+    rows_gradient(
+        logits,
+        next_labels,
+        peaks,
+        sums,
+        out,
+        words=logits.shape[1],
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        factor=upstream,
+    )
+    return out
+
+
+@cross_entropy_backward.register_fake
+def _(
+    logits: Tensor,
+    next_labels: Tensor,
+    peaks: Tensor,
+    sums: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    z_loss: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps the logits, which are the caller's, and four numbers a row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+        total, peaks, sums = cross_entropy_forward(logits, next_labels, ignore_index, z_loss)
+        ctx.save_for_backward(logits, next_labels, peaks, sums)
+        ctx.options = (ignore_index, z_loss)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return cross_entropy_backward(*ctx.saved_tensors, upstream, *ctx.options), None, None, None
+
+
+def cross_entropy_kernel(logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float = 0.0) -> Tensor:
+    """`cross_entropy_reference` in Triton. A label that is no word makes the loss NaN, where torch stops."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    return _CrossEntropy.apply(logits, next_labels.contiguous(), ignore_index, z_loss)
+
+
+CROSS_ENTROPY = Op("cross_entropy", torch=cross_entropy_reference, triton=cross_entropy_kernel)
 
 
 def cross_entropy(
@@ -33,9 +122,10 @@ def cross_entropy(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean loss of logits [B, S, V].
+    """Mean loss of logits [B, S, V], each position's with z_loss times its squared log-sum-exp.
 
     labels [B, S] are the tokens themselves and are shifted here; shift_labels [B, S] are the next tokens already, and
     win where both are given.
@@ -44,7 +134,8 @@ def cross_entropy(
         ValueError: neither kind of labels was given.
     """
     next_labels = labels_of_next_tokens(labels, shift_labels, ignore_index).to(logits.device).reshape(-1)
-    total = CROSS_ENTROPY.choose(backend, logits)(logits.reshape(-1, logits.shape[-1]), next_labels, ignore_index)
+    rows = logits.reshape(-1, logits.shape[-1])
+    total = CROSS_ENTROPY.choose(backend, logits)(rows, next_labels, ignore_index, z_loss)
     return mean_over_labels(total, next_labels, num_items_in_batch, ignore_index)
 
 

@@ -1,43 +1,25 @@
 """The head and its loss in one op: against whole logits, against fp64, in chunks, over ranks."""
 
 import random
-import threading
+from importlib import import_module
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox_hf.kernels import cross_entropy, linear_cross_entropy
-from neox_hf.kernels.linear_cross_entropy import CHUNK_MULTIPLE, LOGITS_AT_ONCE, default_chunk
-
-TOKENS, HIDDEN, VOCABULARY = 37, 16, 29
-
-
-def inputs(dtype=torch.float32, tokens=TOKENS, vocabulary=VOCABULARY, spread=4.0):
-    torch.manual_seed(0)
-    labels = torch.randint(0, vocabulary, (tokens,))
-    labels[3:7] = -100
-    return torch.randn(tokens, HIDDEN).to(dtype), (torch.randn(vocabulary, HIDDEN) * spread / 4).to(dtype), labels
-
-
-def on_whole_logits(hidden, weight, labels):
-    """The same sum by the loss op, whose mean is over the labels."""
-    return cross_entropy((hidden @ weight.t())[None], None, shift_labels=labels[None], num_items_in_batch=1)
-
-
-def with_gradients(function, hidden, weight, labels, upstream=1.0, **options):
-    """Loss and the two gradients."""
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = function(hidden, weight, labels, **options)
-    (loss * upstream).backward()
-    return loss.detach(), hidden.grad, weight.grad
-
-
-def assert_all_close(found, wanted, tolerance):
-    for name, a, b in zip(("loss", "gradient of hidden", "gradient of weight"), found, wanted, strict=True):
-        worst = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
-        assert worst <= tolerance, f"{name}: {worst:.2e} of the largest element, over {tolerance:.0e}"
+from neox_hf.kernels import linear_cross_entropy
+from neox_hf.kernels.chunked_losses import CHUNK_MULTIPLE, KERNEL_BYTES_AT_ONCE, LOGITS_AT_ONCE, default_chunk
+from tests.kernels.head_and_loss import (
+    HIDDEN,
+    VOCABULARY,
+    SimulatedRanks,
+    assert_all_close,
+    inputs,
+    on_whole_logits,
+    over_ranks,
+    with_gradients,
+)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 18, 36, 37, 38, 128, None])
@@ -187,16 +169,38 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            counts = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            self.elements = max(self.elements, tensor.numel() if counts else 0)
         return result
 
 
-def test_nothing_is_larger_than_a_chunk_of_logits_and_no_product_runs_twice():
-    hidden, weight, labels = inputs(tokens=512, vocabulary=640)
-    with LargestTensor() as largest:
-        with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=128)
-    assert largest.elements == 128 * 640
+@pytest.fixture
+def largest(monkeypatch):
+    """Watches inside the op, which is one operation seen from outside."""
+    mode, module = LargestTensor(), import_module("neox_hf.kernels.linear_cross_entropy")
+
+    def watched(function):
+        def watching(*arguments):
+            with mode:
+                return function(*arguments)
+
+        return watching
+
+    for name in ("chunked_losses", "chunked_losses_kernel"):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return mode
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nothing_is_larger_than_a_chunk_of_logits_and_no_product_runs_twice(largest, backend):
+    hidden, weight, labels = inputs(tokens=80, vocabulary=64)
+    with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=20, backend=backend)
+    assert largest.elements == 20 * 64
     assert largest.products == 3 * 4
+
+
+def test_four_chunks_of_the_models_we_train():
+    assert default_chunk(16384, 50304, KERNEL_BYTES_AT_ONCE // 2) == 4096
 
 
 @pytest.mark.gpu
@@ -204,7 +208,7 @@ def test_memory_on_a_cuda_device():
     hidden, weight, labels = (x.cuda() for x in inputs(torch.bfloat16, tokens=8192, vocabulary=50304))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels).backward()
+    linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, backend="torch").backward()
     assert torch.cuda.max_memory_allocated() - before < 13 * LOGITS_AT_ONCE + 10 * weight.numel()
 
 
@@ -217,10 +221,11 @@ def test_no_logits_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
-def test_evaluation_makes_no_gradient(grad):
+def test_evaluation_makes_no_gradient(largest, grad):
     hidden, weight, labels = inputs()
     wanted = linear_cross_entropy(hidden, weight, labels, chunk=10)
-    with grad(), LargestTensor() as largest:
+    largest.products = 0
+    with grad():
         loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, chunk=10)
     assert largest.products == 4
     assert torch.equal(loss, wanted)
@@ -228,70 +233,13 @@ def test_evaluation_makes_no_gradient(grad):
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 10), (8192, 50304), (16384, 50304), (8192, 25216), (5000, 2**27)])
-def test_default_chunk(tokens, rows):
-    chunk = default_chunk(tokens, rows)
+@pytest.mark.parametrize("at_once", [LOGITS_AT_ONCE, KERNEL_BYTES_AT_ONCE // 2])
+def test_default_chunk(tokens, rows, at_once):
+    chunk = default_chunk(tokens, rows, at_once)
     assert chunk % CHUNK_MULTIPLE == 0
-    assert chunk * rows <= LOGITS_AT_ONCE or chunk == CHUNK_MULTIPLE
+    assert chunk * rows <= at_once or chunk == CHUNK_MULTIPLE
     pieces = -(-tokens // chunk)
     assert pieces * chunk - tokens < CHUNK_MULTIPLE * pieces, "chunks of unequal size waste the last product"
-
-
-class SimulatedRanks:
-    """Threads of one process as the ranks of a tensor group."""
-
-    def __init__(self, size):
-        self.size, self.barrier, self.slots = size, threading.Barrier(size, timeout=60), [None] * size
-        self.calls = [[] for _ in range(size)]
-
-    def reducer(self, rank, name, combine):
-        def reduce(tensor):
-            self.calls[rank].append((name, tuple(tensor.shape)))
-            self.slots[rank] = tensor.clone()
-            self.barrier.wait()
-            whole = combine(torch.stack(self.slots))
-            self.barrier.wait()
-            tensor.copy_(whole)
-
-        return reduce
-
-    def run(self, function):
-        results = [None] * self.size
-
-        def work(rank):
-            results[rank] = function(
-                rank,
-                self.reducer(rank, "max", lambda x: x.amax(0)),
-                self.reducer(rank, "sum", lambda x: x.sum(0)),
-            )
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert None not in results, "a rank failed"
-        return results
-
-
-def over_ranks(ranks, hidden, weight, labels, share_rows, **options):
-    """What each rank gets of a head padded to `share_rows` rows a rank. Padding holds large numbers, to be noticed."""
-    padded = F.pad(weight, (0, 0, 0, ranks.size * share_rows - len(weight)), value=50.0)
-
-    def one(rank, all_max, all_sum):
-        first = rank * share_rows
-        return with_gradients(
-            linear_cross_entropy,
-            hidden,
-            padded[first : first + share_rows],
-            labels,
-            first_row=first,
-            rows=max(0, min(share_rows, len(weight) - first)),
-            all_max=all_max,
-            all_sum=all_sum,
-            **options,
-        )
-
-    return ranks.run(one)
 
 
 @pytest.mark.parametrize(("size", "share_rows"), [(2, 15), (4, 8), (2, 20), (3, 15), (4, 29), (1, 32)])

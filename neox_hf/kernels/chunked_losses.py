@@ -1,0 +1,173 @@
+"""Head and loss chunk by chunk of tokens: the logits of one chunk are made, turned into its loss and into their own
+gradient, and used for the gradients of hidden and weight.
+
+Shapes: hidden [N tokens, H]; weight [V, H], this rank's rows of the head; labels int64 [N].
+Nothing of the size of the logits outlives its chunk, and no product runs twice. Statistics and the weight's gradient
+are kept in fp32. With Triton a chunk is three products and one pass over its logits (`softmax_rows.py`), nothing else.
+Source: gradients in the forward pass, by chunks: Hsu et al., 2024, arXiv 2410.10989.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neox_hf.kernels.softmax_rows import losses_and_gradient_, row_statistics, rows_gradient
+from neox_hf.kernels.vocabulary_share import (
+    VocabularyShare,
+    log_softmax_over_ranks,
+    logits_gradient,
+    statistics_of_all,
+)
+
+LOGITS_AT_ONCE = 2**27
+"""Logits in one chunk of the reference: 12.3 bytes each were measured on a GPU in bf16, 1.7 GB of working memory."""
+
+KERNEL_BYTES_AT_ONCE = 400 * 2**20
+"""Logits of one chunk with Triton, which needs no other memory of that size: 4096 tokens x 50304 words in bf16."""
+
+CHUNK_MULTIPLE = 128
+"""Rows of a matrix product that fill its tiles."""
+
+ROW_ALIGNMENT = 128
+"""Bytes that a row of logits begins at a multiple of, for vector loads and the tensor cores."""
+
+
+class Job(NamedTuple):
+    """What is asked for, besides the tensors: see `linear_cross_entropy`.
+
+    chunk: tokens at a time; None: as suits the implementation. wanted: the gradients of hidden and weight.
+    """
+
+    ignore_index: int
+    share: VocabularyShare
+    chunk: int | None
+    z_loss: float
+    wanted: tuple[bool, bool] = (False, False)
+
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+"""Sum of the losses and, as far as wanted, its gradients in hidden [N, H] and, in fp32, in weight [V, H]."""
+
+
+def default_chunk(tokens: int, rows: int, logits_at_once: int = LOGITS_AT_ONCE) -> int:
+    """Tokens in a chunk: as many as `logits_at_once` allows, in a multiple of 128, all chunks of about one size."""
+    most = max(logits_at_once // rows // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
+    chunks = max(_quotient_above(tokens, most), 1)
+    return max(_quotient_above(tokens, chunks * CHUNK_MULTIPLE), 1) * CHUNK_MULTIPLE
+
+
+def _quotient_above(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True) -> None:
+    """total [V, H] += a^T b for a [C, V] and b [C, H], summed in the dtype of `total`, at least as wide as theirs.
+
+    keep: whether there is something in `total` yet.
+    """
+    beta = 1 if keep else 0
+    if total.dtype == a.dtype:
+        total.addmm_(a.t(), b, beta=beta)
+    elif total.is_cuda:
+        torch.addmm(total, a.t(), b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient x factor, rounded once. A factor without dimensions would first be rounded to the gradient's dtype."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.reshape(1, 1), out=out)
+
+
+def chunked_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | None, into: Tensor | None, job: Job
+) -> Result:
+    """The plain-torch reference. Gradients come times `factor`, where given, and the weight's is added to `into`."""
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    total = torch.zeros((), dtype=precise, device=hidden.device)
+    for_hidden = torch.empty_like(hidden) if job.wanted[0] else None
+    for_weight = torch.zeros_like(weight, dtype=precise) if job.wanted[1] else None
+    for part in _slices(hidden.shape[0], job.chunk):
+        ignored = labels[part] == job.ignore_index
+        # Zeros in, so that such a token adds nothing to the weight's gradient, whatever its softmax.
+        tokens = hidden[part].masked_fill(ignored[:, None], 0)
+        known = labels[part].masked_fill(ignored, job.share.first_row)
+        logits = torch.mm(tokens, weight.t())
+        normalised = log_softmax_over_ranks(logits, known, job.share)
+        losses = normalised.losses + job.z_loss * normalised.lse.square() if job.z_loss else normalised.losses
+        total += losses.masked_fill(ignored, 0).sum()
+        if not any(job.wanted):
+            continue
+        logits_gradient(normalised, known, job.share, job.z_loss, out=logits)
+        if job.wanted[0]:
+            torch.mm(logits, weight, out=for_hidden[part]).masked_fill_(ignored[:, None], 0)
+        if job.wanted[1]:
+            add_product_(for_weight, logits, tokens)
+    for gradient in (for_hidden, for_weight):
+        if factor is not None and gradient is not None:
+            torch.mul(gradient, factor.reshape(1, 1), out=gradient)
+    if into is not None and for_weight is not None:
+        return total, for_hidden, into.add_(for_weight)
+    return total, for_hidden, for_weight
+
+
+def chunked_losses_kernel(
+    hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | None, into: Tensor | None, job: Job
+) -> Result:
+    """`chunked_losses` in Triton. What an ignored token holds must be finite here, as in a product with the head."""
+    tokens, rows = hidden.shape[0], weight.shape[0]
+    buffer = _aligned_rows(hidden, min(job.chunk, tokens), rows)
+    losses = hidden.new_empty(tokens, dtype=torch.float32)
+    for_hidden = torch.empty_like(hidden) if job.wanted[0] else None
+    for_weight = _sum_of_products(weight, into, tokens) if job.wanted[1] else None
+    for part in _slices(tokens, job.chunk):
+        known = labels[part]
+        logits = torch.mm(hidden[part], weight.t(), out=buffer[: known.shape[0]])
+        _losses_and_gradient_(logits, known, losses[part], factor, job)
+        if job.wanted[0]:
+            torch.mm(logits, weight, out=for_hidden[part])
+        if job.wanted[1]:
+            add_product_(for_weight, logits, hidden[part], keep=into is not None or part.start > 0)
+    return losses.sum(), for_hidden, for_weight
+
+
+def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor: Tensor | None, job: Job) -> None:
+    """Losses [C] of this chunk and, where one is wanted, the gradient in place of the logits [C, V]."""
+    share, wanted = job.share, any(job.wanted)
+    place = {"words": share.rows, "first_word": share.first_row, "ignore_index": job.ignore_index, "z_loss": job.z_loss}
+    if share.all_max is None and wanted:
+        return losses_and_gradient_(logits, labels, losses, factor=factor, **place)
+    highest, sums, own_losses = row_statistics(logits, labels, **place)
+    if share.all_max is None:
+        losses.copy_(own_losses)
+        return None
+    own_highest = highest.clone()
+    share.all_max(highest)
+    sums[:, :1] *= own_highest.sub_(highest).exp_()
+    share.all_sum(sums)
+    lse, whole_losses = statistics_of_all(highest, sums)
+    torch.addcmul(whole_losses, lse, lse, value=job.z_loss, out=losses)
+    losses.masked_fill_(labels == job.ignore_index, 0)
+    if wanted:
+        rows_gradient(logits, labels, highest, sums, logits, factor=factor, **place)
+    return None
+
+
+def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised [rows, columns] of which each row is aligned."""
+    multiple = ROW_ALIGNMENT // like.element_size()
+    return like.new_empty(rows, _quotient_above(columns, multiple) * multiple)[:, :columns]
+
+
+def _sum_of_products(weight: Tensor, into: Tensor | None, tokens: int) -> Tensor:
+    """What the weight's gradient is added up in; the first product overwrites what is new."""
+    if into is not None:
+        return into
+    return (torch.empty_like if tokens else torch.zeros_like)(weight, dtype=torch.float32)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
