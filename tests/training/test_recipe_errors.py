@@ -273,6 +273,10 @@ PAIRS += [
     ),
     (["parallel.zero_stage=1", "train.precision=amp"], f'train.precision = "amp": {ONE_DTYPE}'),
     (["parallel.pipeline=2", "train.precision=amp"], f'train.precision = "amp": {ONE_DTYPE}'),
+    (
+        ["parallel.tensor=2", "train.precision=pure_bf16"],
+        'train.precision = "pure_bf16": keeps no fp32 master weights; DeepSpeed, which runs ZeRO, tensor and pipeline ',
+    ),
     (["parallel.zero_stage=2", "train.optim=sgd"], f'train.optim = "sgd": {NOT_SHARDABLE}'),
     (["parallel.zero_stage=2", "train.precision=bf16", "train.optim=adafactor"], f'"adafactor": {NOT_SHARDABLE}'),
     (["parallel.zero_stage=1", "train.ddp_static_graph=true"], f"train.ddp_static_graph = true: {NO_DDP}"),
