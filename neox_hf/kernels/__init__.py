@@ -4,17 +4,39 @@ from neox_hf.kernels.adamw import ADAMW, AdamWRates, AdamWTensors, adamw_
 from neox_hf.kernels.bias_gelu import BIAS_GELU, bias_gelu
 from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_entropy
 from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
-from neox_hf.kernels.dual_layer_norm import DUAL_LAYER_NORM, dual_layer_norm
+from neox_hf.kernels.dual_layer_norm import (
+    ADD_DUAL_LAYER_NORM,
+    DUAL_LAYER_NORM,
+    RESIDUAL_DUAL_LAYER_NORM,
+    add_dual_layer_norm,
+    dual_layer_norm,
+    residual_dual_layer_norm,
+)
 from neox_hf.kernels.gradient_norm import GRADIENT_NORM, clip_coefficient, gradient_norm, gradient_square_sum
-from neox_hf.kernels.layer_norm import LAYER_NORM, layer_norm
+from neox_hf.kernels.layer_norm import (
+    ADD_LAYER_NORM,
+    LAYER_NORM,
+    RESIDUAL_LAYER_NORM,
+    add_layer_norm,
+    layer_norm,
+    residual_layer_norm,
+)
 from neox_hf.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from neox_hf.kernels.residual_add import RESIDUAL_ADD, residual_add
+from neox_hf.kernels.rms_norm import RMS_NORM, rms_norm
 from neox_hf.kernels.rotary import ROTARY, rotary
+from neox_hf.kernels.scale_norm import SCALE_NORM, scale_norm
 from neox_hf.kernels.tensor_list import TensorTables
 
 OPS: tuple[Op, ...] = (
     LAYER_NORM,
+    RESIDUAL_LAYER_NORM,
+    ADD_LAYER_NORM,
     DUAL_LAYER_NORM,
+    RESIDUAL_DUAL_LAYER_NORM,
+    ADD_DUAL_LAYER_NORM,
+    RMS_NORM,
+    SCALE_NORM,
     ROTARY,
     BIAS_GELU,
     RESIDUAL_ADD,
@@ -34,6 +56,8 @@ __all__ = [
     "Op",
     "TensorTables",
     "adamw_",
+    "add_dual_layer_norm",
+    "add_layer_norm",
     "bias_gelu",
     "clip_coefficient",
     "cross_entropy",
@@ -44,5 +68,9 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "residual_add",
+    "residual_dual_layer_norm",
+    "residual_layer_norm",
+    "rms_norm",
     "rotary",
+    "scale_norm",
 ]

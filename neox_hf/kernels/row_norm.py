@@ -1,0 +1,102 @@
+"""Norms over the last dimension, as the norm files use them: one differentiable function.
+
+What is computed, and what `kind` and `measured` mean: `row_norm_kernels`. Shapes: x, branches and results [..., H];
+weights and biases [H], a scale norm's weight one number.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neox_hf.kernels.gradient_dtype import gradient_dtype
+from neox_hf.kernels.row_norm_ops import row_norm_backward, row_norm_forward
+
+
+class _RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        first: Tensor | None,
+        second: Tensor | None,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        eps: float,
+        kind: str,
+        measured: int,
+        passes_on: bool,
+    ) -> tuple[Tensor, ...]:
+        affines = weight1, bias1, weight2, bias2
+        outputs = row_norm_forward(x, first, second, *affines, eps, kind, measured)
+        ctx.save_for_backward(x if first is None else outputs[0], *affines)
+        ctx.set_materialize_grads(False)
+        ctx.settings = eps, kind, measured
+        ctx.dtypes = tuple(None if each is None else gradient_dtype(each) for each in affines)
+        ctx.streams = passes_on or first is not None
+        return (x.view_as(x), *outputs) if passes_on else tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        residual, dys = (upstream[0], upstream[1:]) if ctx.streams else (None, upstream)
+        branches = ctx.needs_input_grad[1:3]
+        wants_x, wants_parameters = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:7])
+        if all(dy is None for dy in dys):
+            return (*_for_branches(residual, branches), *[None] * 8)
+        x, *affines = ctx.saved_tensors
+        dys = [torch.zeros_like(x) if dy is None else dy for dy in dys]
+        dtypes = {each for each in ctx.dtypes if each is not None}
+        common = (dtypes.pop() if len(dtypes) == 1 else torch.float32) if wants_parameters else None
+        pair = dys if len(dys) == 2 else (*dys, None)
+        outputs = row_norm_backward(x, residual, *pair, *affines, *ctx.settings, wants_x, common, False)
+        dx = outputs[0] if wants_x else None
+        parameters = _unstack(outputs[-1], affines, ctx.dtypes) if wants_parameters else [None] * 4
+        return (*_for_branches(dx, branches), *parameters, None, None, None, None)
+
+
+def _for_branches(gradient: Tensor | None, branches: tuple[bool, bool]) -> list[Tensor | None]:
+    """The gradients of x and of what was added to it: one tensor for all."""
+    return [gradient, *(gradient if wanted else None for wanted in branches)]
+
+
+def _unstack(
+    stacked: Tensor, affines: list[Tensor | None], dtypes: tuple[torch.dtype | None, ...]
+) -> list[Tensor | None]:
+    """[parameters, H] -> the gradient of each parameter there is."""
+    rows = iter(stacked.unbind(0))
+    pairs = zip(affines, dtypes, strict=True)
+    return [None if each is None else next(rows).view(each.shape).to(dtype) for each, dtype in pairs]
+
+
+def row_norm(
+    x: Tensor,
+    affines: tuple[Tensor | None, ...],
+    eps: float,
+    *,
+    kind: str,
+    branches: tuple[Tensor | None, ...] = (None, None),
+    measured: int | None = None,
+    passes_on: bool = False,
+) -> tuple[Tensor, ...]:
+    """The norm(s) of x [..., H], differentiable; before them x itself, if it `passes_on`, or the sum with its branches.
+
+    affines: weight and bias, or those of two norms. branches: what is added to x first. measured: elements of a row
+    that an RMS is taken over.
+
+    Raises:
+        ValueError: a weight, bias or branch whose shape does not fit x.
+    """
+    width = x.shape[-1]
+    for branch in branches:
+        if branch is not None and branch.shape != x.shape:
+            raise ValueError(f"cannot add {list(branch.shape)} to x {list(x.shape)}; both must be of one shape")
+    for affine in affines:
+        if affine is not None and (affine.numel() != 1 if kind == "scale" else affine.shape != (width,)):
+            wanted = "one number" if kind == "scale" else f"[{width}]"
+            raise ValueError(f"x {list(x.shape)} was given a weight or bias {list(affine.shape)}; {wanted} is wanted")
+    affines = (*affines, None, None, None)[:4]
+    return _RowNorm.apply(x, *branches, *affines, float(eps), kind, measured or width, passes_on)
