@@ -3,7 +3,7 @@
     softmax(scale q k^T) v, position i seeing positions 0 ... i
 
 Torch's own choice (cuDNN on Hopper, FlashAttention 2 elsewhere) is the default; it takes the views as they are, and
-returns three separate gradients. FlashAttention 4, where it is installed and has been checked, writes the gradients into
+returns three separate gradients. FlashAttention 4, where it is installed and has been checked, writes gradients into
 one buffer laid out like the projection, which spares the pass that puts them together.
 
 Shapes: query, key and value [B batch, N heads, S sequence, D head size]; the output is [B, S, N, D] and contiguous.
@@ -29,8 +29,8 @@ AttentionBackend = Literal["sdpa", "flash_attention_4"]
 HOPPER = (9, 0)
 
 CHECKED_HEAD_SIZES: dict[tuple[int, int], frozenset[int]] = {HOPPER: frozenset({64, 128})}
-"""By compute capability, the head sizes at which FlashAttention 4 (4.0.0b36) gave the right gradients and was no slower
-than cuDNN. On Hopper its backward is wrong at 80 (0.61 off, relative; its forward is right) and slower at 96 and 256."""
+"""By compute capability, the head sizes at which FlashAttention 4 (4.0.0b36) gave right gradients and was no slower
+than cuDNN. On Hopper its backward is wrong at 80 (0.61 off, relative; its forward is right), slower at 96 and 256."""
 
 
 @torch.compiler.assume_constant_result

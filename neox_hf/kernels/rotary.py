@@ -122,18 +122,21 @@ def _assemble_kernel(
 
     inside = (token < tokens)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
     paired = inside & turned[None, None, :]
-    # Where a column's partner in the rotation lies; in the cache, since the same program reads it as itself.
-    across = tl.where(column < HALF, HALF, -HALF)[None, None, :]
+    # A column's partner in the rotation is in the cache, since the same program reads it as itself. Neighbours are read
+    # together as far as the largest power of two in HALF goes.
+    TOGETHER: tl.constexpr = HALF & -HALF if HALF > 0 else 1
+    partner = tl.where(column < HALF, column + HALF, column - HALF)
+    partner = tl.max_contiguous(tl.multiple_of(partner, TOGETHER), TOGETHER)[None, None, :]
     batch, position = batch.to(tl.int64)[:, None, None], position.to(tl.int64)[:, None, None]
     head, column = head[None, :, None], column[None, None, :]
-    query += batch * query_batch + head * query_head + position * query_token + column
-    key += batch * key_batch + head * key_head + position * key_token + column
-    value += batch * value_batch + head * value_head + position * value_token + column
-    q = tl.load(query, mask=inside, other=0.0).to(tl.float32)
-    k = tl.load(key, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(value, mask=inside, other=0.0)
-    q = q * c + tl.load(query + across, mask=paired, other=0.0).to(tl.float32) * s
-    k = k * c + tl.load(key + across, mask=paired, other=0.0).to(tl.float32) * s
+    query += batch * query_batch + head * query_head + position * query_token
+    key += batch * key_batch + head * key_head + position * key_token
+    value += batch * value_batch + head * value_head + position * value_token
+    q = tl.load(query + column, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(key + column, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(value + column, mask=inside, other=0.0)
+    q = q * c + tl.load(query + partner, mask=paired, other=0.0).to(tl.float32) * s
+    k = k * c + tl.load(key + partner, mask=paired, other=0.0).to(tl.float32) * s
     out += token.to(tl.int64)[:, None, None] * (HEADS * 3 * SIZE) + head * (3 * SIZE) + column
     tl.store(out, q.to(out.dtype.element_ty), mask=inside)
     tl.store(out + SIZE, k.to(out.dtype.element_ty), mask=inside)
