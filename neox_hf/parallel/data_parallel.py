@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
+
 BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
@@ -27,10 +29,12 @@ class _Bucket:
 
 
 def accumulate_gradients_in_fp32(module: nn.Module) -> None:
-    """Make autograd cast each parameter's gradient to fp32 before it is added to `.grad`."""
+    """Sum each parameter's gradients in fp32, in `.grad`: those of linears by the products that make them, others after
+    autograd has cast them."""
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.grad_dtype = torch.float32
+            sum_in(parameter, SumInGrad())
 
 
 class DataParallel(nn.Module):

@@ -2,29 +2,36 @@
 
 A column linear holds some of the outputs and gives this rank's; a row linear holds some of the inputs and gives a
 partial sum, which the caller `leave`s with. Both are constructed with the sizes of the whole and keep the names of
-`nn.Linear`'s parameters; in a group of one, `column_linear` and `row_linear` give a plain `nn.Linear`.
+`nn.Linear`'s parameters; in a group of one, `column_linear` and `row_linear` give a plain `Linear`.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from neox_hf.kernels.linear import linear
 from neox_hf.parallel.overlap import PostponedGradients, enter_ahead_of, gathered_linear, postponing_linear
 from neox_hf.parallel.shards import Shard, Sharded
 from neox_hf.parallel.tensor_region import TensorRegion
 
 
+class Linear(nn.Linear):
+    """torch's linear, computed by `kernels.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def column_linear(in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> nn.Linear:
     """A linear whose outputs are split over the region."""
     if region.size == 1:
-        return nn.Linear(in_features, out_features, bias=bias)
+        return Linear(in_features, out_features, bias=bias)
     return ColumnParallelLinear(in_features, out_features, region, bias=bias)
 
 
 def row_linear(in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> nn.Linear:
     """A linear whose inputs are split over the region."""
     if region.size == 1:
-        return nn.Linear(in_features, out_features, bias=bias)
+        return Linear(in_features, out_features, bias=bias)
     return RowParallelLinear(in_features, out_features, region, bias=bias)
 
 
@@ -51,7 +58,7 @@ class ColumnParallelLinear(nn.Linear, Sharded):
             return gathered_linear(region, x, self.weight, self.bias)
         if postponed is not None:
             return postponing_linear(postponed, x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def postpone(self, postponed: PostponedGradients) -> None:
         """The next forward pass leaves the gradients of weight and bias to `postponed`."""
@@ -77,7 +84,7 @@ class RowParallelLinear(nn.Linear, Sharded):
         self.whole_in_features = in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.region.first_only(self.bias))
+        return linear(x, self.weight, self.region.first_only(self.bias))
 
     def shards(self) -> dict[str, Shard]:
         whole = (self.out_features, self.whole_in_features)
@@ -98,7 +105,7 @@ def enter(x: Tensor, region: TensorRegion, *branches: nn.Module) -> Tensor:
 def _enter_and_postpone(branches: tuple[nn.Module, ...], region: TensorRegion, x: Tensor) -> Tensor:
     modules = [module for branch in branches for module in branch.modules()]
     columns = [m for m in modules if isinstance(m, ColumnParallelLinear) and m.weight.requires_grad]
-    postponed = [PostponedGradients() for _ in columns]
+    postponed = [PostponedGradients(column.weight) for column in columns]
     for column, gradients in zip(columns, postponed, strict=True):
         column.postpone(gradients)
     return enter_ahead_of(region, x, postponed, [(column.weight, column.bias) for column in columns])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neox_hf.kernels.autocast import autocast_dtype
+from neox_hf.kernels.weight_gradient import sum_of
 from neox_hf.parallel.messages import start_all_reduce, start_gather_sequence, start_reduce_scatter_sequence
 from neox_hf.parallel.tensor_region import TensorRegion
 
@@ -25,7 +26,8 @@ class PostponedGradients:
     Lives for one forward pass and its backward pass. The linear gives what they are computed from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
         self._operands: tuple[Tensor, Tensor] | None = None
 
     def give(self, gradient: Tensor, x: Tensor) -> None:
@@ -34,14 +36,23 @@ class PostponedGradients:
     def take(self, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """The gradients that are `wanted`; none if the linear had no part in the loss."""
         operands, self._operands = self._operands, None
-        return (None, None) if operands is None else weight_gradients(*operands, wanted)
+        return (None, None) if operands is None else weight_gradients(self._weight, *operands, wanted)
 
 
-def weight_gradients(gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight [out, in] and bias [out], from the output's gradient [..., out] and x [..., in]."""
-    gradient = gradient.flatten(0, -2)
-    weight = gradient.t() @ x.flatten(0, -2) if wanted[0] else None
-    return weight, gradient.sum(0) if wanted[1] else None
+def weight_gradients(
+    weight: Tensor, gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight [out, in] and bias [out], from the output's gradient [..., out] and x [..., in].
+
+    None for a weight that has its gradients summed elsewhere, where this one is added.
+    """
+    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+    for_weight, total = None, sum_of(weight)
+    if wanted[0] and total is not None:
+        total.add_product(weight, gradient, x)
+    elif wanted[0]:
+        for_weight = gradient.t() @ x
+    return for_weight, gradient.sum(0) if wanted[1] else None
 
 
 class _EnterAheadOf(torch.autograd.Function):
@@ -98,7 +109,7 @@ class _GatheredLinear(torch.autograd.Function):
         gathering = start_gather_sequence(x, ctx.region) if wanted[0] else None
         reducing = start_reduce_scatter_sequence(gradient @ weight, ctx.region) if wants_x else None
         whole = gathering.wait() if gathering else x
-        gradients = weight_gradients(gradient, whole, wanted)
+        gradients = weight_gradients(weight, gradient, whole, wanted)
         return None, reducing and reducing.wait(), *gradients
 
 

@@ -2,6 +2,7 @@
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter
 from neox_hf.training import loss_scale
+from neox_hf.training.deepspeed_gradients import sum_in_master_gradients
 from neox_hf.training.engine import OptimizerBoxes
 
 
@@ -11,6 +12,9 @@ class DeepSpeedOptimizer(OptimizerBoxes):
     def take_accumulation(self) -> None:
         """Tell Accelerate the micro-batches of a step: where its own count differs, it warns and takes DeepSpeed's."""
         self.trainer.accelerator.gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
+
+    def begin(self) -> None:
+        sum_in_master_gradients(self.optimizer)
 
     def drop_step(self) -> None:
         """DeepSpeed has left weights and optimizer as they were, on every rank; the schedule goes on all the same."""

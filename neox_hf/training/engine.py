@@ -27,6 +27,9 @@ class Engine(Protocol):
     def prepare(self, model: nn.Module) -> nn.Module:
         """The module that training runs: `model` itself, or a wrapper around it."""
 
+    def begin(self) -> None:
+        """Model and optimizer are prepared and loaded; the first step is next."""
+
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Forward and backward of one micro-batch; the loss to log, scalar."""
 
@@ -90,6 +93,9 @@ class NativeEngine(OptimizerBoxes):
             return model
         # Device placement and compilation as Accelerate does them, but not its bf16 gradient reduction.
         return DataParallel(self.trainer.accelerator.prepare_model(model, evaluation_mode=True))
+
+    def begin(self) -> None:
+        """Gradients are summed where `prepare` has said."""
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch, num_items)

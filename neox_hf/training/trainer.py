@@ -307,6 +307,7 @@ class NeoXTrainer(Trainer):
             self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self.engine.begin()
         self.run_state.write_beside()
         if self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule):
             self._save_checkpoint(self.model, None)

@@ -1,0 +1,36 @@
+"""Weight gradients straight into the fp32 sums of DeepSpeed's BF16_Optimizer.
+
+By itself it takes each gradient in bf16, casts it and adds it; see `kernels.weight_gradient`.
+"""
+
+from dataclasses import dataclass
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from neox_hf.kernels.weight_gradient import add_product_, sum_in
+
+
+@dataclass(frozen=True)
+class SumInMasterGradient:
+    """Adds products to the gradient of a parameter's master copy; `group` and `index` are its place there."""
+
+    optimizer: BF16_Optimizer
+    group: int
+    index: int
+
+    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
+        flat = self.optimizer.fp32_groups_gradients[self.group][self.index]
+        add_product_(flat.view(weight.shape), gradient, x)
+        # What the optimizer notes when a gradient reaches it in its own way.
+        weight._hp_grad = flat
+        self.optimizer.fp32_groups_has_gradients[self.group][self.index] = True
+
+
+def sum_in_master_gradients(optimizer: object) -> None:
+    """Have linears add their weights' gradients where `optimizer` sums them, if it is a BF16_Optimizer."""
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    for group, parameters in enumerate(optimizer.bf16_groups):
+        for index, parameter in enumerate(parameters):
+            sum_in(parameter, SumInMasterGradient(optimizer, group, index))
