@@ -1,7 +1,15 @@
 """One file per op: equation, plain-torch reference, public function. Imports torch alone."""
 
 from neox_hf.kernels.adamw import ADAMW, AdamWRates, AdamWTensors, adamw_
+from neox_hf.kernels.attention import attention_backend, causal_attention
+from neox_hf.kernels.bias_dropout_residual import (
+    BIAS_DROPOUT_RESIDUAL,
+    bias_dropout_residual,
+    draw_dropout_seed,
+)
 from neox_hf.kernels.bias_gelu import BIAS_GELU, bias_gelu
+from neox_hf.kernels.causal_softmax import CAUSAL_SOFTMAX, causal_softmax
+from neox_hf.kernels.column_sums import column_sums
 from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_entropy
 from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
 from neox_hf.kernels.dual_layer_norm import (
@@ -40,6 +48,8 @@ OPS: tuple[Op, ...] = (
     ROTARY,
     BIAS_GELU,
     RESIDUAL_ADD,
+    BIAS_DROPOUT_RESIDUAL,
+    CAUSAL_SOFTMAX,
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
 )
@@ -58,10 +68,16 @@ __all__ = [
     "adamw_",
     "add_dual_layer_norm",
     "add_layer_norm",
+    "attention_backend",
+    "bias_dropout_residual",
     "bias_gelu",
+    "causal_attention",
+    "causal_softmax",
     "clip_coefficient",
+    "column_sums",
     "cross_entropy",
     "describe_choice",
+    "draw_dropout_seed",
     "dual_layer_norm",
     "gradient_norm",
     "gradient_square_sum",

@@ -35,10 +35,12 @@ def causal_softmax_reference(scores: Tensor, scale: float, mask: Tensor | None, 
     z = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if mask is not None:
         z = z + mask
-    hidden = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
+    later = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
+    z = z.masked_fill(later, -torch.inf)
     # Finite, so that a row that sees nothing has a softmax too; then zero.
-    z = z.masked_fill(hidden, torch.finfo(z.dtype).min)
-    return F.softmax(z, dim=-1).masked_fill(hidden, 0).to(scores.dtype)
+    hidden = z == -torch.inf
+    y = F.softmax(z.masked_fill(hidden, torch.finfo(z.dtype).min), dim=-1)
+    return y.masked_fill(hidden, 0).to(scores.dtype)
 
 
 @triton.jit
