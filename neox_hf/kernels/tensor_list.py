@@ -62,12 +62,17 @@ class TensorTables:
         self._tables: dict[tuple, tuple[tuple[int, ...], TensorTable]] = {}
 
     def table(self, columns: Sequence[Sequence[Tensor]]) -> TensorTable:
-        """The table of `columns`, each a list with one contiguous tensor for each row, all on one device."""
+        """The table of `columns`, each a list with one tensor for each row.
+
+        Raises:
+            ValueError: a tensor is not contiguous, or on another device than the first.
+        """
         device = columns[0][0].device
         shape = (device, len(columns), *[tensor.numel() for tensor in columns[0]])
         pointers = tuple([tensor.data_ptr() for row in zip(*columns, strict=True) for tensor in row])
         known, table = self._tables.get(shape, (None, None))
         if known != pointers:
+            _check(columns, device)
             if shape not in self._layouts:
                 self._layouts[shape] = layout_of(shape[2:], device)
             addresses = _on_device(torch.tensor(pointers, dtype=torch.int64), device).view(-1, len(columns))
@@ -92,6 +97,15 @@ def chunk_elements(total: int) -> int:
     while chunk > 4096 and total < chunk * FEWEST_CHUNKS:
         chunk //= 2
     return chunk
+
+
+def _check(columns: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+    for tensor in (tensor for column in columns for tensor in column):
+        if not tensor.is_contiguous() or tensor.device != device:
+            raise ValueError(
+                f"a kernel over many tensors wants all contiguous and on {device}, and found one of shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; use kernels='torch'"
+            )
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:

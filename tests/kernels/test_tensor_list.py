@@ -32,6 +32,11 @@ def test_a_table_is_kept_until_a_tensor_moves():
     assert moved.layout is table.layout
 
 
+def test_tensors_elsewhere_are_refused():
+    with pytest.raises(ValueError, match=r"all contiguous and on cpu, and found one of shape \(3,\).* on meta"):
+        TensorTables().table([[torch.zeros(3), torch.zeros(3, device="meta")]])
+
+
 def test_columns_have_one_tensor_for_each_row():
     with pytest.raises(ValueError, match="shorter"):
         TensorTables().table([[torch.zeros(3), torch.zeros(4)], [torch.zeros(3)]])
