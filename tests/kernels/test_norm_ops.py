@@ -1,10 +1,11 @@
-"""Layer norm, and two at once."""
+"""The norms' references."""
 
+import pytest
 import torch
 
-from neox_hf.kernels import dual_layer_norm, layer_norm
-
-EPS = 1e-5
+from neox_hf import kernels
+from neox_hf.kernels import dual_layer_norm, layer_norm, rms_norm, scale_norm
+from tests.kernels.norm_cases import EPS, NAMES, TRUTHS, inputs_of, rms
 
 
 def written_out(x, weight, bias):
@@ -35,3 +36,44 @@ def test_bfloat16_keeps_its_statistics_in_fp32():
     one, zero = torch.ones(512, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.bfloat16)
     truth = written_out(x.double(), 1.0, 0.0)
     assert (layer_norm(x, one, zero, EPS).double() - truth).abs().max() < 2**-7 * truth.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_references_follow_their_equations(assert_follows, name):
+    inputs = inputs_of(name, (3, 5, 48), torch.float32)
+    present = [x for x in inputs if x is not None]
+    assert_follows(lambda *args: getattr(kernels, name)(*args, EPS), TRUTHS[name], present, 1e-5)
+
+
+def test_partial_rms_norm_measures_the_first_elements(assert_follows):
+    inputs = inputs_of("rms_norm", (3, 48), torch.float32)
+    assert_follows(lambda *args: rms_norm(*args, EPS, measured=11), lambda *args: rms(*args, measured=11), inputs, 1e-5)
+
+
+@pytest.mark.parametrize("measured", [0, 49])
+def test_rms_norm_refuses_to_measure_what_is_not_there(measured):
+    with pytest.raises(ValueError, match=f"rms_norm measures {measured} of 48 elements; choose from 1 to 48"):
+        rms_norm(torch.ones(2, 48), torch.ones(48), EPS, measured=measured)
+
+
+def test_eps_of_rms_norm_stands_beside_the_root():
+    assert rms_norm(torch.ones(1, 4), torch.ones(4), 1.0).tolist() == [[0.5] * 4]
+
+
+def test_rows_of_zeros_have_no_nan():
+    x = torch.zeros(2, 4, requires_grad=True)
+    (rms_norm(x, torch.ones(4), EPS) + scale_norm(x, torch.ones(()), EPS)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "scale_norm"])
+def test_results_have_the_dtype_of_x(name, dtype, weight_dtype):
+    inputs = inputs_of(name, (2, 8), getattr(torch, dtype), weight_dtype=getattr(torch, weight_dtype))
+    assert getattr(kernels, name)(*inputs, EPS).dtype == getattr(torch, dtype)
+
+
+def test_under_autocast_layer_norm_is_torch_s():
+    inputs = inputs_of("layer_norm", (2, 8), torch.bfloat16, weight_dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer_norm(*inputs, EPS), torch.nn.functional.layer_norm(inputs[0], (8,), *inputs[1:], EPS))
