@@ -233,7 +233,7 @@ def adamw_triton(
         types = [ELEMENT_TYPES[column[0].dtype] for column in columns]
         _adamw_kernel[(layout.chunks,)](
             table.addresses, layout.owners, layout.first_chunks, layout.numels, scalars, factor, skip,
-            1 - rates.beta1, rates.beta2, 1 - rates.beta2, rates.eps, *types[:4],
+            1 - rates.beta1, float(rates.beta2), 1 - rates.beta2, float(rates.eps), *types[:4],
             HAS_MASTER=tensors.masters is not None, ZERO=zero_gradients, COLUMNS=len(columns), CHUNK=layout.chunk,
             BLOCK=BLOCK, VECTOR=16 // max(column[0].itemsize for column in columns if column is not tensors.steps),
             num_warps=WARPS,
@@ -250,8 +250,8 @@ def _begin_step(addresses: Tensor, rates: AdamWRates, skip: Tensor | None) -> Te
     scalars = torch.empty(rows, 3, dtype=torch.float32, device=addresses.device)
     on_device = isinstance(rates.lr, Tensor) and rates.lr.device == addresses.device
     _begin_step_kernel[((rows + 127) // 128,)](
-        addresses, rows, scalars, skip, rates.lr.float() if on_device else float(rates.lr), rates.weight_decay,
-        *(math.log(beta) if beta > 0 else -math.inf for beta in (rates.beta1, rates.beta2)),
+        addresses, rows, scalars, skip, rates.lr.float() if on_device else float(rates.lr),
+        float(rates.weight_decay), *(math.log(beta) if beta > 0 else -math.inf for beta in (rates.beta1, rates.beta2)),
         COLUMNS=columns, LR_ON_DEVICE=on_device, BLOCK=128,
     )  # fmt: skip
     return scalars
