@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neox_hf.kernels.softmax_rows import losses_and_gradient_, row_statistics, rows_gradient
+from neox_hf.kernels.softmax_rows import losses_and_gradient_, losses_from_statistics, row_statistics, rows_gradient
 from neox_hf.kernels.vocabulary_share import (
     VocabularyShare,
     log_softmax_over_ranks,
     logits_gradient,
-    statistics_of_all,
 )
 
 LOGITS_AT_ONCE = 2**27
@@ -125,8 +124,8 @@ def chunked_losses_kernel(
     for_weight = _sum_of_products(weight, into, tokens) if job.wanted[1] else None
     for part in _slices(tokens, job.chunk):
         known = labels[part]
-        logits = torch.mm(hidden[part], weight.t(), out=buffer[: known.shape[0]])
-        _losses_and_gradient_(logits, known, losses[part], factor, job)
+        logits = torch.mm(hidden[part], weight.t(), out=buffer[: known.shape[0], :rows])
+        _losses_and_gradient_(buffer[: known.shape[0]], known, losses[part], factor, job)
         if job.wanted[0]:
             torch.mm(logits, weight, out=for_hidden[part])
         if job.wanted[1]:
@@ -135,21 +134,20 @@ def chunked_losses_kernel(
 
 
 def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor: Tensor | None, job: Job) -> None:
-    """Losses [C] of this chunk and, where one is wanted, the gradient in place of the logits [C, V]."""
+    """Losses [C] of this chunk and, where one is wanted, the gradient in place of the logits [C, V or more]."""
     share, wanted = job.share, any(job.wanted)
     place = {"words": share.rows, "first_word": share.first_row, "ignore_index": job.ignore_index, "z_loss": job.z_loss}
     if share.all_max is None and wanted:
         return losses_and_gradient_(logits, labels, losses, factor=factor, **place)
-    highest, sums, own_losses = row_statistics(logits, labels, **place)
+    maxima, sums, own_losses = row_statistics(logits, labels, **place)
     if share.all_max is None:
         losses.copy_(own_losses)
         return None
-    own_highest = highest.clone()
+    highest = maxima.clone()
     share.all_max(highest)
-    sums[:, :1] *= own_highest.sub_(highest).exp_()
+    sums[:, :1] *= maxima.sub_(highest).exp2_()
     share.all_sum(sums)
-    lse, whole_losses = statistics_of_all(highest, sums)
-    torch.addcmul(whole_losses, lse, lse, value=job.z_loss, out=losses)
+    losses.copy_(losses_from_statistics(highest, sums, job.z_loss))
     losses.masked_fill_(labels == job.ignore_index, 0)
     if wanted:
         rows_gradient(logits, labels, highest, sums, logits, factor=factor, **place)
@@ -157,9 +155,9 @@ def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor
 
 
 def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised [rows, columns] of which each row is aligned."""
+    """Uninitialised [rows, columns or some more], of which each row is aligned."""
     multiple = ROW_ALIGNMENT // like.element_size()
-    return like.new_empty(rows, _quotient_above(columns, multiple) * multiple)[:, :columns]
+    return like.new_empty(rows, _quotient_above(columns, multiple) * multiple)
 
 
 def _sum_of_products(weight: Tensor, into: Tensor | None, tokens: int) -> Tensor:

@@ -38,10 +38,10 @@ def cross_entropy_forward(
     logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses, and the statistics [N, 1] and [N, 3] of `row_statistics`."""
-    peaks, sums, losses = row_statistics(
+    maxima, sums, losses = row_statistics(
         logits, next_labels, words=logits.shape[1], ignore_index=ignore_index, z_loss=z_loss
     )
-    return losses.sum(), peaks, sums
+    return losses.sum(), maxima, sums
 
 
 @cross_entropy_forward.register_fake
@@ -54,7 +54,7 @@ def _(logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float) -> 
 def cross_entropy_backward(
     logits: Tensor,
     next_labels: Tensor,
-    peaks: Tensor,
+    maxima: Tensor,
     sums: Tensor,
     upstream: Tensor,
     ignore_index: int,
@@ -65,7 +65,7 @@ def cross_entropy_backward(
     rows_gradient(
         logits,
         next_labels,
-        peaks,
+        maxima,
         sums,
         out,
         words=logits.shape[1],
@@ -80,7 +80,7 @@ def cross_entropy_backward(
 def _(
     logits: Tensor,
     next_labels: Tensor,
-    peaks: Tensor,
+    maxima: Tensor,
     sums: Tensor,
     upstream: Tensor,
     ignore_index: int,
@@ -94,8 +94,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float) -> Tensor:
-        total, peaks, sums = cross_entropy_forward(logits, next_labels, ignore_index, z_loss)
-        ctx.save_for_backward(logits, next_labels, peaks, sums)
+        total, maxima, sums = cross_entropy_forward(logits, next_labels, ignore_index, z_loss)
+        ctx.save_for_backward(logits, next_labels, maxima, sums)
         ctx.options = (ignore_index, z_loss)
         return total
 

@@ -5,13 +5,16 @@ from `words` on are padding: outside the softmax, with gradient 0. A row whose l
 gradient 0, and is not read. A label that is no word of these columns makes the row's loss NaN.
 
 - `losses_and_gradient_`: all of it in one launch, the gradient in place of the logits.
-- `row_statistics`: maximum, sum of exponentials, label's logit, loss; reads each row once.
+- `row_statistics`: the four numbers below and the loss; reads each row once.
 - `rows_gradient`: the gradient from statistics that may be those of all ranks; one read and one write.
 
 Each row is read in tiles [GROUPS, VECTOR]: a group is the 16 bytes that one thread loads, and has a running maximum and
-sum of its own, so that threads meet only at the end of the row.
+sum of its own, so that threads meet only at the end of the row. Powers are of 2, one instruction each where those of e
+are six: for logits z, M = max z log2(e) and the sum of 2^(z log2(e) - M), whose product is rounded once, with the
+difference. M is where the powers are counted from, so that its own rounding cancels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,9 @@ from neox_hf.kernels.language import tl, triton
 
 LOWEST = tl.constexpr(-3.0e38)
 """The maximum of no logit: finite, so that differences from it are numbers."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 L1_BYTES = 200 * 1024
 """What rows in work may take of a multiprocessor's 256 KB, to be read a second time from there."""
@@ -63,40 +69,62 @@ def _columns(start, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _absorb(highest, total, z):
-    """Takes logits [GROUPS, VECTOR] into the groups' maxima and sums of exponentials [GROUPS]."""
-    above = tl.maximum(highest, tl.max(z, 1))
-    return above, total * tl.exp(highest - above) + tl.sum(tl.exp(z - above[:, None]), 1)
+def _words_of(row, here, columns, words):
+    """Logits of the last tiles, which hold padding and the row's end; -inf for both."""
+    # What is loaded ends at `columns`, which is even where `words` is not: then whole vectors are.
+    z = tl.load(row + here, mask=here < columns, other=float("-inf")).to(tl.float32)
+    return tl.where(here < words, z, float("-inf"))
 
 
 @triton.jit
-def _statistics(row, words, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
-    """Maximum and sum of exponentials above it of one row; LOWEST and 0 of no words."""
+def _above(z, maximum):
+    """z log2(e) - maximum, rounded once."""
+    return tl.fma(z, LOG2_E, -maximum)
+
+
+@triton.jit
+def _absorb(maximum, total, z):
+    """Takes logits [GROUPS, VECTOR] into the groups' maxima and sums of powers [GROUPS]."""
+    higher = tl.maximum(maximum, tl.max(z, 1) * LOG2_E)
+    return higher, total * tl.exp2(maximum - higher) + tl.sum(tl.exp2(_above(z, higher[:, None])), 1)
+
+
+@triton.jit
+def _statistics(row, columns, words, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """Maximum and sum of powers of one row; LOWEST and 0 of no words."""
     BLOCK: tl.constexpr = GROUPS * VECTOR
-    highest = tl.full((GROUPS,), LOWEST, tl.float32)
+    maximum = tl.full((GROUPS,), LOWEST, tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     whole = words // BLOCK * BLOCK
-    # Whole tiles have no mask, so that odd numbers of words spoil vector loads in the last tile alone.
     for start in range(0, whole, BLOCK):
         z = tl.load(row + _columns(start, GROUPS, VECTOR)).to(tl.float32)
-        highest, total = _absorb(highest, total, z)
+        maximum, total = _absorb(maximum, total, z)
     if whole < words:
-        columns = _columns(whole, GROUPS, VECTOR)
-        z = tl.load(row + columns, mask=columns < words, other=float("-inf")).to(tl.float32)
-        highest, total = _absorb(highest, total, z)
-    peak = tl.max(highest, 0)
-    return peak, tl.sum(total * tl.exp(highest - peak), 0)
+        z = _words_of(row, _columns(whole, GROUPS, VECTOR), columns, words)
+        maximum, total = _absorb(maximum, total, z)
+    highest = tl.max(maximum, 0)
+    return highest, tl.sum(total * tl.exp2(maximum - highest), 0)
 
 
 @triton.jit
-def _loss(peak, total, at_label, held, z_loss):
-    lse = peak + tl.log(total)
-    return tl.where(held, tl.log(total) + (peak - at_label), float("nan")) + z_loss * lse * lse
+def _loss(maximum, total, at_label, held, z_loss):
+    lse = (maximum + tl.log2(total)) * LN_2
+    return tl.where(held, (tl.log2(total) - _above(at_label, maximum)) * LN_2, float("nan")) + z_loss * lse * lse
 
 
 @triton.jit
-def _gradient(z, columns, label_column, peak, share, onehot):
-    return tl.exp(z - peak) * share - tl.where(columns == label_column, onehot, 0.0)
+def _share(maximum, total, z_loss, onehot):
+    """What a power is times, to be the word's part of the gradient."""
+    return onehot * (1.0 + 2.0 * z_loss * LN_2 * (maximum + tl.log2(total))) / total
+
+
+@triton.jit
+def _gradient(z, start, maximum, share, label_column, onehot, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """Gradient of the tile at `start`, not rounded yet."""
+    gradient = tl.exp2(_above(z, maximum)) * share
+    if (label_column >= start) & (label_column < start + GROUPS * VECTOR):
+        gradient -= tl.where(_columns(start, GROUPS, VECTOR) == label_column, onehot, 0.0)
+    return gradient
 
 
 @triton.jit
@@ -147,20 +175,21 @@ def _fused_kernel(
         else:
             label_column, held = _label_column(label, first_word, words)
             at_label = tl.load(row + label_column, mask=held, other=0.0).to(tl.float32)
-            peak, total = _statistics(row, words, GROUPS, VECTOR)
-            tl.store(losses + index, _loss(peak, total, at_label, held, z_loss))
-            share = onehot * (1.0 + 2.0 * z_loss * (peak + tl.log(total))) / total
+            maximum, total = _statistics(row, columns, words, GROUPS, VECTOR)
+            tl.store(losses + index, _loss(maximum, total, at_label, held, z_loss))
+            share = _share(maximum, total, z_loss, onehot)
             # Backwards: what was read last is the nearest.
             for start in range(whole, columns, BLOCK):
                 here = _columns(start, GROUPS, VECTOR)
-                z = tl.load(row + here, mask=here < words, other=float("-inf")).to(tl.float32)
-                gradient = _gradient(z, here, label_column, peak, share, onehot)
+                z = _words_of(row, here, columns, words)
+                gradient = _gradient(z, start, maximum, share, label_column, onehot, GROUPS, VECTOR)
                 gradient = tl.where(here < words, gradient, 0.0)
                 tl.store(row + here, gradient.to(logits.dtype.element_ty), mask=here < columns)
             for done in range(0, whole, BLOCK):
-                here = _columns(whole - BLOCK - done, GROUPS, VECTOR)
+                start = whole - BLOCK - done
+                here = _columns(start, GROUPS, VECTOR)
                 z = tl.load(row + here).to(tl.float32)
-                gradient = _gradient(z, here, label_column, peak, share, onehot)
+                gradient = _gradient(z, start, maximum, share, label_column, onehot, GROUPS, VECTOR)
                 tl.store(row + here, gradient.to(logits.dtype.element_ty))
 
 
@@ -168,10 +197,11 @@ def _fused_kernel(
 def _statistics_kernel(
     logits,
     labels,
-    peaks,
+    maxima,
     sums,
     losses,
     row_stride,
+    columns,
     words,
     first_word,
     ignore_index,
@@ -186,15 +216,15 @@ def _statistics_kernel(
     label_column, held = _label_column(label, first_word, words)
     at_label = tl.load(row + label_column, mask=held & (label != ignore_index), other=0.0).to(tl.float32)
     # An ignored row reads no word, and stands for one logit of 0.
-    peak, total = _statistics(row, tl.where(ignored, 0, words), GROUPS, VECTOR)
-    peak = tl.where(ignored, 0.0, peak)
+    maximum, total = _statistics(row, columns, tl.where(ignored, 0, words), GROUPS, VECTOR)
+    maximum = tl.where(ignored, 0.0, maximum)
     total = tl.where(ignored, 1.0, total)
     held = held | ignored
-    tl.store(peaks + index, peak)
+    tl.store(maxima + index, maximum)
     tl.store(sums + index * 3, total)
-    tl.store(sums + index * 3 + 1, at_label)
+    tl.store(sums + index * 3 + 1, at_label * LOG2_E)
     tl.store(sums + index * 3 + 2, held.to(tl.float32))
-    tl.store(losses + index, tl.where(ignored, 0.0, _loss(peak, total, at_label, held, z_loss)))
+    tl.store(losses + index, tl.where(ignored, 0.0, _loss(maximum, total, at_label, held, z_loss)))
 
 
 @triton.jit
@@ -202,7 +232,7 @@ def _gradient_kernel(
     logits,
     gradients,
     labels,
-    peaks,
+    maxima,
     sums,
     factor,
     row_stride,
@@ -217,16 +247,17 @@ def _gradient_kernel(
 ):
     tiles = tl.cdiv(columns, GROUPS * VECTOR)
     index = tl.program_id(0) // tiles
-    here = _columns(tl.program_id(0) % tiles * (GROUPS * VECTOR), GROUPS, VECTOR)
+    start = tl.program_id(0) % tiles * (GROUPS * VECTOR)
+    here = _columns(start, GROUPS, VECTOR)
     row = logits + index * tl.cast(row_stride, tl.int64)
-    z = tl.load(row + here, mask=here < words, other=float("-inf")).to(tl.float32)  # waits for no label
+    z = _words_of(row, here, columns, words)  # waits for no label
     label = tl.load(labels + index)
     label_column, _ = _label_column(label, first_word, words)
-    peak = tl.load(peaks + index)
+    maximum = tl.load(maxima + index)
     total = tl.load(sums + index * 3)
     onehot = _factor(factor)
-    share = onehot * (1.0 + 2.0 * z_loss * (peak + tl.log(total))) / total
-    gradient = _gradient(z, here, label_column, peak, share, onehot)
+    share = _share(maximum, total, z_loss, onehot)
+    gradient = _gradient(z, start, maximum, share, label_column, onehot, GROUPS, VECTOR)
     gradient = tl.where(here < tl.where(label == ignore_index, 0, words), gradient, 0.0)
     out = gradients + index * tl.cast(gradient_stride, tl.int64)
     tl.store(out + here, gradient.to(gradients.dtype.element_ty), mask=here < columns)
@@ -277,20 +308,21 @@ def row_statistics(
     ignore_index: int,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of these columns alone, in fp32: maxima M [C, 1]; sums [C, 3] of exp(z - M), of the label's logit where it is
-    here, and whether it is; losses [C]. An ignored row counts as one logit of 0, which is the label's."""
+    """Of these columns alone, in fp32: maxima M [C, 1]; sums [C, 3] of the powers above M, of the label's logit times
+    log2(e) where it is here, and whether it is; losses [C]. An ignored row counts as one logit of 0, the label's."""
     rows, columns = _checked(logits, labels)
-    peaks, sums, losses = (logits.new_empty(shape, dtype=torch.float32) for shape in ((rows, 1), (rows, 3), (rows,)))
+    maxima, sums, losses = (logits.new_empty(shape, dtype=torch.float32) for shape in ((rows, 1), (rows, 3), (rows,)))
     if rows:
         launch = launch_for(columns, logits.element_size())
         with torch.cuda.device_of(logits):
             _statistics_kernel[(rows,)](
                 logits,
                 labels,
-                peaks,
+                maxima,
                 sums,
                 losses,
                 logits.stride(0),
+                columns,
                 words,
                 first_word,
                 ignore_index,
@@ -299,13 +331,21 @@ def row_statistics(
                 VECTOR=launch.vector,
                 num_warps=launch.warps,
             )
-    return peaks, sums, losses
+    return maxima, sums, losses
+
+
+def losses_from_statistics(maxima: Tensor, sums: Tensor, z_loss: float) -> Tensor:
+    """Losses [C] from what `row_statistics` gives, of one rank or, reduced, of all. NaN for a label nobody holds."""
+    total, at_label, holders = sums.unbind(dim=1)
+    lse = (maxima.squeeze(1) + total.log2()) * math.log(2)
+    losses = (maxima.squeeze(1) - at_label + total.log2()) * math.log(2)
+    return (losses + z_loss * lse.square()).where(holders > 0, math.nan)
 
 
 def rows_gradient(
     logits: Tensor,
     labels: Tensor,
-    peaks: Tensor,
+    maxima: Tensor,
     sums: Tensor,
     out: Tensor,
     *,
@@ -317,7 +357,7 @@ def rows_gradient(
 ) -> None:
     """Gradient of the losses, times `factor` where given, into `out` [C, V], which may be the logits themselves.
 
-    peaks and sums: as `row_statistics` gives them, of these columns or, reduced, of all ranks'."""
+    maxima and sums: as `row_statistics` gives them, of these columns or, reduced, of all ranks'."""
     rows, columns = _checked(logits, labels)
     if rows == 0:
         return
@@ -328,7 +368,7 @@ def rows_gradient(
             logits,
             out,
             labels,
-            peaks,
+            maxima,
             sums,
             factor,
             logits.stride(0),

@@ -69,18 +69,10 @@ def log_softmax_over_ranks(logits: Tensor, labels: Tensor, share: VocabularyShar
     share.all_max(highest)
     sums = torch.cat(((own - highest).exp(), logit.where(held[:, None], 0), held[:, None].to(precise)), dim=1)
     share.all_sum(sums)
-    log_probabilities += own - highest - sums[:, :1].log()
-    return Normalised(log_probabilities, *statistics_of_all(highest, sums))
-
-
-def statistics_of_all(highest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """lse [C] and losses without z-loss [C], from what the ranks have reduced.
-
-    highest [C, 1]: the maximum M. sums [C, 3]: of exp(z - M), the label's logit, how many ranks hold the label.
-    """
     total, label_logit, holders = sums.unbind(dim=1)
     lse = highest.squeeze(1) + total.log()
-    return lse, (lse - label_logit).where(holders > 0, math.nan)
+    log_probabilities += own - lse[:, None]
+    return Normalised(log_probabilities, lse, (lse - label_logit).where(holders > 0, math.nan))
 
 
 def logits_gradient(normalised: Normalised, labels: Tensor, share: VocabularyShare, z_loss: float, out: Tensor) -> None:
