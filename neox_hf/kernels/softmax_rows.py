@@ -71,7 +71,7 @@ def _columns(start, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
 @triton.jit
 def _words_of(row, here, columns, words):
     """Logits of the last tiles, which hold padding and the row's end; -inf for both."""
-    # What is loaded ends at `columns`, which is even where `words` is not: then whole vectors are.
+    # What is loaded ends at `columns`, a multiple of VECTOR more often than `words` is: then it is loaded in vectors.
     z = tl.load(row + here, mask=here < columns, other=float("-inf")).to(tl.float32)
     return tl.where(here < words, z, float("-inf"))
 
