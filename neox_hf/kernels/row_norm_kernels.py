@@ -147,15 +147,16 @@ def _store_sums(
 
     first: those of weight1 and bias1, second: of weight2 and bias2; each stored if there is such a parameter.
     """
-    parameters = 1 + BIASED1 + DUAL + BIASED2
-    place = tl.program_id(0) * parameters
+    FIRST: tl.constexpr = 2 if BIASED1 else 1
+    BOTH: tl.constexpr = FIRST + (1 if DUAL else 0) + (1 if BIASED2 else 0)
+    place = tl.program_id(0) * BOTH
     _store_sum(sums_ptr, place, first[0], cols, KIND, WIDTH)
     if BIASED1:
         _store_sum(sums_ptr, place + 1, first[1], cols, KIND, WIDTH)
     if DUAL:
-        _store_sum(sums_ptr, place + 1 + BIASED1, second[0], cols, KIND, WIDTH)
+        _store_sum(sums_ptr, place + FIRST, second[0], cols, KIND, WIDTH)
     if BIASED2:
-        _store_sum(sums_ptr, place + 2 + BIASED1, second[1], cols, KIND, WIDTH)
+        _store_sum(sums_ptr, place + FIRST + 1, second[1], cols, KIND, WIDTH)
 
 
 @triton.jit
