@@ -42,6 +42,23 @@ def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = Fal
 
 
 @triton.jit
+def _load_angles(cos, sin, place, inside, BACK: tl.constexpr):
+    """fp32 cos and sin [T, 1, columns], the latter negative where the way is back; outside no turn at all."""
+    c = tl.load(cos + place, mask=inside, other=1.0).to(tl.float32)
+    s = tl.load(sin + place, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        s = -s
+    return c[:, None, :], s[:, None, :]
+
+
+@triton.jit
+def _load_turned(x, column, partner, c, s, inside, paired):
+    """Each column times c, plus its partner times s, in fp32."""
+    own = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    return own * c + tl.load(x + partner, mask=paired, other=0.0).to(tl.float32) * s
+
+
+@triton.jit
 def _in_place_kernel(
     qkv,
     cos,
@@ -63,10 +80,7 @@ def _in_place_kernel(
     column = tl.arange(0, BLOCK_HALF)
     here = (token < tokens)[:, None] & (column < HALF)[None, :]
     angle = (token // sequence)[:, None] * angles_of_batch + (token % sequence)[:, None] * HALF + column[None, :]
-    c = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)[:, None, :]
-    s = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)[:, None, :]
-    if BACK:
-        s = -s
+    c, s = _load_angles(cos, sin, angle, here, BACK)
     head = (row + row // 2) * SIZE  # a value is passed over after each key
     place = (token.to(tl.int64) * (HEADS * 3 * SIZE))[:, None, None] + head[None, :, None] + column[None, None, :]
     inside = (token < tokens)[:, None, None] & (row < 2 * HEADS)[None, :, None] & (column < HALF)[None, None, :]
@@ -113,12 +127,8 @@ def _assemble_kernel(
     here = (token < tokens)[:, None] & turned[None, :]
     angle = (batch * angles_of_batch + position * HALF)[:, None]
     angle += tl.where(column < HALF, column, column - HALF)[None, :]
-    c = tl.load(cos + angle, mask=here, other=1.0).to(tl.float32)[:, None, :]
-    s = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
-    sign = tl.where(column < HALF, -1.0, 1.0)[None, :]
-    if BACK:
-        sign = -sign
-    s = (s * sign)[:, None, :]
+    c, s = _load_angles(cos, sin, angle, here, BACK)
+    s *= tl.where(column < HALF, -1.0, 1.0)[None, None, :]
 
     inside = (token < tokens)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
     paired = inside & turned[None, None, :]
@@ -132,11 +142,9 @@ def _assemble_kernel(
     query += batch * query_batch + head * query_head + position * query_token
     key += batch * key_batch + head * key_head + position * key_token
     value += batch * value_batch + head * value_head + position * value_token
-    q = tl.load(query + column, mask=inside, other=0.0).to(tl.float32)
-    k = tl.load(key + column, mask=inside, other=0.0).to(tl.float32)
+    q = _load_turned(query, column, partner, c, s, inside, paired)
+    k = _load_turned(key, column, partner, c, s, inside, paired)
     v = tl.load(value + column, mask=inside, other=0.0)
-    q = q * c + tl.load(query + partner, mask=paired, other=0.0).to(tl.float32) * s
-    k = k * c + tl.load(key + partner, mask=paired, other=0.0).to(tl.float32) * s
     out += token.to(tl.int64)[:, None, None] * (HEADS * 3 * SIZE) + head * (3 * SIZE) + column
     tl.store(out, q.to(out.dtype.element_ty), mask=inside)
     tl.store(out + SIZE, k.to(out.dtype.element_ty), mask=inside)
