@@ -28,6 +28,10 @@ class Op:
     torch: Callable[..., Any]
     triton: Callable[..., Any] | None = None
 
+    def has_kernel_for(self, backend: str, x: Tensor) -> bool:
+        """Whether `choose` gives the Triton kernel, for who would prepare its inputs otherwise."""
+        return self.choose(backend, x) is self.triton
+
     def choose(self, backend: str, x: Tensor) -> Callable[..., Any]:
         """The implementation for `backend` on tensors like `x`. `auto` takes Triton on CUDA wherever it exists.
 

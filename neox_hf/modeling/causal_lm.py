@@ -96,6 +96,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """Logits [B, S, V] and, with labels, the mean loss. A split vocabulary has no logits where there are labels,
@@ -103,7 +104,8 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
 
         labels int64 [B, S]: the tokens themselves, shifted here; -100 counts for nothing. `shift_labels` among kwargs
         are the next tokens already and win. `num_items_in_batch` divides the summed loss where a step has more than
-        this batch. logits_to_keep: how many of the last positions to project (0: all), or their indices.
+        this batch. logits_to_keep: how many of the last positions to project (0: all), or their indices. skip_logits:
+        the loss is all that is wanted; logits are None and never exist as a whole, unless the loss has been replaced.
         Other arguments: see `GPTNeoXModel`.
         """
         outputs = self.gpt_neox(
@@ -117,7 +119,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
         wants_loss = labels is not None or kwargs.get("shift_labels") is not None
-        if wants_loss and self.region.size > 1 and self.loss_function is self._own_loss:
+        if wants_loss and (skip_logits or self.region.size > 1) and self.loss_function is self._own_loss:
             loss = self.loss_without_logits(hidden_states, labels, **kwargs)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))

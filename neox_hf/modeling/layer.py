@@ -10,7 +10,7 @@ from neox_hf.kernels import residual_add
 from neox_hf.modeling.attention import GPTNeoXAttention
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GPTNeoXMLP
-from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize_twice
+from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize, normalize_twice
 from neox_hf.parallel import ALONE, TensorRegion, enter
 
 
@@ -57,14 +57,23 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         region = self.region.in_mode(self.training)
         if self.use_parallel_residual:
             entered = enter(hidden_states, region, self.attention, self.mlp)
-            for_attention, for_mlp = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
-            attended = self.post_attention_dropout(self.attention(for_attention, **seen)[0])
-            transformed = self.post_mlp_dropout(self.mlp(for_mlp))
-            return residual_add(hidden_states, *region.leave_together(attended, transformed), backend=self.kernels)
+            stream, *normed = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
+            attended = self.post_attention_dropout(self.attention(normed[0], **seen)[0])
+            transformed = self.post_mlp_dropout(self.mlp(normed[1]))
+            stream = self._outside(hidden_states, stream)
+            return residual_add(stream, *region.leave_together(attended, transformed), backend=self.kernels)
 
         entered = enter(hidden_states, region, self.attention)
-        attended = self.post_attention_dropout(self.attention(self.input_layernorm(entered), **seen)[0])
-        hidden_states = residual_add(hidden_states, region.leave(attended), backend=self.kernels)
+        stream, normed = normalize(self.input_layernorm, entered)
+        attended = self.post_attention_dropout(self.attention(normed, **seen)[0])
+        stream = self._outside(hidden_states, stream)
+        hidden_states = residual_add(stream, region.leave(attended), backend=self.kernels)
         entered = enter(hidden_states, region, self.mlp)
-        transformed = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(entered)))
-        return residual_add(hidden_states, region.leave(transformed), backend=self.kernels)
+        stream, normed = normalize(self.post_attention_layernorm, entered)
+        transformed = self.post_mlp_dropout(self.mlp(normed))
+        stream = self._outside(hidden_states, stream)
+        return residual_add(stream, region.leave(transformed), backend=self.kernels)
+
+    def _outside(self, before: Tensor, entered: Tensor) -> Tensor:
+        """The residual stream: what entered the region, unless gradients are partial in there."""
+        return entered if self.region.size == 1 else before

@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from neox_hf.kernels import bias_gelu
+from neox_hf.kernels import BIAS_GELU, bias_gelu
+from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
-from neox_hf.parallel import ALONE, TensorRegion, column_linear, row_linear
+from neox_hf.parallel import ALONE, ColumnParallelLinear, Linear, TensorRegion, column_linear, row_linear
 
 # transformers' names of the two forms of GELU. `gelu_fast` is GPT-NeoX-20B's.
 GELU_FORMS = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -23,11 +24,19 @@ class GPTNeoXMLP(nn.Module):
         self.act = activation(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_states)))
+        return self.dense_4h_to_h(self._activated(hidden_states))
+
+    def _activated(self, hidden_states: Tensor) -> Tensor:
+        """act(dense_h_to_4h(x)), the bias added by the activation's kernel: its gradient takes no pass of its own."""
+        dense, act = self.dense_h_to_4h, self.act
+        bare = is_bare(dense, Linear, ColumnParallelLinear) and is_bare(act, GELU) and dense.bias is not None
+        if not bare or not BIAS_GELU.has_kernel_for(act.kernels, hidden_states):
+            return act(dense(hidden_states))
+        return bias_gelu(dense.product(hidden_states), dense.bias, act.form, backend=act.kernels)
 
 
 class GELU(nn.Module):
-    """One form of GELU, by `kernels.bias_gelu`. The linear before it adds its own bias: in torch that costs nothing."""
+    """One form of GELU, by `kernels.bias_gelu`, of what has its bias already."""
 
     def __init__(self, form: str, kernels: str) -> None:
         super().__init__()

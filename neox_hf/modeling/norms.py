@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from neox_hf.kernels import dual_layer_norm, layer_norm
+from neox_hf.kernels import layer_norm, residual_dual_layer_norm, residual_layer_norm
+from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.parallel import ALONE, TensorRegion
 
@@ -23,19 +24,17 @@ class GPTNeoXLayerNorm(nn.LayerNorm):
         return layer_norm(hidden_states, weight, bias, self.eps, backend=self.kernels)
 
 
-def normalize_twice(first: nn.Module, second: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """`first(x), second(x)`, in one op where nothing is attached to either norm."""
-    if not (is_bare(first) and is_bare(second) and first.eps == second.eps):
-        return first(hidden_states), second(hidden_states)
+def normalize(norm: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """`x, norm(x)`. The x that comes back is for the residual stream: gradients of both meet in one op."""
+    if not is_bare(norm, GPTNeoXLayerNorm):
+        return hidden_states, norm(hidden_states)
+    affine = norm.region.shared(norm.weight, norm.bias)
+    return residual_layer_norm(hidden_states, *affine, norm.eps, backend=norm.kernels)
+
+
+def normalize_twice(first: nn.Module, second: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`x, first(x), second(x)`, in one op where nothing is attached to either norm; see `normalize`."""
+    if not (is_bare(first, GPTNeoXLayerNorm) and is_bare(second, GPTNeoXLayerNorm) and first.eps == second.eps):
+        return hidden_states, first(hidden_states), second(hidden_states)
     affines = first.region.shared(first.weight, first.bias, second.weight, second.bias)
-    return dual_layer_norm(hidden_states, *affines, first.eps, backend=first.kernels)
-
-
-def is_bare(norm: nn.Module) -> bool:
-    """Whether reading the norm's parameters is the same as calling it.
-
-    It is not when an adapter has replaced it, when a hook watches it, or when accelerate's offloading brings its
-    weights to the device only as it is called.
-    """
-    hooks = (norm._forward_pre_hooks, norm._forward_hooks, norm._backward_pre_hooks, norm._backward_hooks)
-    return type(norm) is GPTNeoXLayerNorm and not any(hooks) and not hasattr(norm, "_hf_hook")
+    return residual_dual_layer_norm(hidden_states, *affines, first.eps, backend=first.kernels)

@@ -7,7 +7,7 @@ from neox_hf.parallel.embedding import (
     vocabulary_head,
     vocabulary_shard,
 )
-from neox_hf.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_linear, enter, row_linear
+from neox_hf.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear, column_linear, enter, row_linear
 from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.parallel.shards import Shard, Sharded, shards_of
 from neox_hf.parallel.tensor_region import ALONE, TensorRegion
@@ -16,6 +16,7 @@ from neox_hf.parallel.topology import Topology
 __all__ = [
     "ALONE",
     "ColumnParallelLinear",
+    "Linear",
     "ParallelSettings",
     "RowParallelLinear",
     "Shard",

@@ -20,6 +20,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T; the bias is left to who adds it in passing."""
+        return linear(x, self.weight)
+
 
 def column_linear(in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> nn.Linear:
     """A linear whose outputs are split over the region."""
@@ -52,13 +56,20 @@ class ColumnParallelLinear(nn.Linear, Sharded):
         self._postponed: PostponedGradients | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's part of x W^T; the bias is left to who adds it in passing."""
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         region = self.region.in_mode(self.training)
         postponed, self._postponed = self._postponed, None
         if region.sequence:
-            return gathered_linear(region, x, self.weight, self.bias)
+            return gathered_linear(region, x, self.weight, bias)
         if postponed is not None:
-            return postponing_linear(postponed, x, self.weight, self.bias)
-        return linear(x, self.weight, self.bias)
+            return postponing_linear(postponed, x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
     def postpone(self, postponed: PostponedGradients) -> None:
         """The next forward pass leaves the gradients of weight and bias to `postponed`."""

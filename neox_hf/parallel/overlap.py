@@ -28,15 +28,18 @@ class PostponedGradients:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._operands: tuple[Tensor, Tensor] | None = None
+        self._operands: tuple[Tensor, Tensor, bool] | None = None
 
-    def give(self, gradient: Tensor, x: Tensor) -> None:
-        self._operands = (gradient, x)
+    def give(self, gradient: Tensor, x: Tensor, biased: bool) -> None:
+        self._operands = (gradient, x, biased)
 
     def take(self, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients that are `wanted`; none if the linear had no part in the loss."""
+        """The gradients that are `wanted`; none if the linear had no part in the loss, or its bias none in it."""
         operands, self._operands = self._operands, None
-        return (None, None) if operands is None else weight_gradients(self._weight, *operands, wanted)
+        if operands is None:
+            return None, None
+        gradient, x, biased = operands
+        return weight_gradients(self._weight, gradient, x, (wanted[0], wanted[1] and biased))
 
 
 def weight_gradients(
@@ -82,14 +85,14 @@ class _PostponingLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.postponed = postponed
+        ctx.postponed, ctx.biased = postponed, bias is not None
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.postponed.give(gradient, x)
+        ctx.postponed.give(gradient, x, ctx.biased)
         return None, gradient @ weight, None, None
 
 

@@ -1,5 +1,8 @@
 """What DeepSpeed's two engines have in common: an optimizer that clips, skips and scales by itself."""
 
+from torch import Tensor, nn
+from transformers import Trainer
+
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter
 from neox_hf.training import loss_scale
 from neox_hf.training.deepspeed_gradients import sum_in_master_gradients
@@ -15,6 +18,10 @@ class DeepSpeedOptimizer(OptimizerBoxes):
 
     def begin(self) -> None:
         sum_in_master_gradients(self.optimizer)
+
+    def clip_gradients(self, model: nn.Module) -> Tensor:
+        """DeepSpeed clips in its step; the norm is that step's."""
+        return Trainer._clip_grad_norm(self.trainer, model)
 
     def drop_step(self) -> None:
         """DeepSpeed has left weights and optimizer as they were, on every rank; the schedule goes on all the same."""

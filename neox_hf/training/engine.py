@@ -13,8 +13,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.data import EvaluationBatches
+from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from neox_hf.parallel.shards import shards_of
+from neox_hf.training.fused_adamw import FusedAdamW
 from neox_hf.training.label_weights import WeighedBatches
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ class Engine(Protocol):
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Forward and backward of one micro-batch; the loss to log, scalar."""
+
+    def clip_gradients(self, model: nn.Module) -> Tensor:
+        """Have the step clip to `max_grad_norm`, here or as it is taken; the norm before."""
 
     def drop_step(self) -> None:
         """See to it that the step whose gradients are not finite changes neither weights nor optimizer."""
@@ -98,7 +103,21 @@ class NativeEngine(OptimizerBoxes):
         """Gradients are summed where `prepare` has said."""
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
-        return Trainer.training_step(self.trainer, model, micro_batch, num_items)
+        return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)
+
+    def _only_loss(self) -> dict[str, bool]:
+        """Logits are made where somebody reads them: HF's label smoothing, or a loss function of the user's."""
+        trainer = self.trainer
+        reads_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+        replaced = type(trainer).compute_loss is not Trainer.compute_loss
+        ours = isinstance(trainer.accelerator.unwrap_model(trainer.model), GPTNeoXForCausalLM)
+        return {"skip_logits": True} if ours and not reads_logits and not replaced else {}
+
+    def clip_gradients(self, model: nn.Module) -> Tensor:
+        norm = None
+        if isinstance(self.optimizer, FusedAdamW):
+            norm = self.optimizer.clip_in_step(self.trainer.args.max_grad_norm)
+        return Trainer._clip_grad_norm(self.trainer, model) if norm is None else norm
 
     def drop_step(self) -> None:
         for parameter in self.trainer.model.parameters():

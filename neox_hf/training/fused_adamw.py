@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_hf.kernels import AdamWRates, AdamWTensors, TensorTables, adamw_
+from neox_hf.kernels import (
+    ADAMW,
+    AdamWRates,
+    AdamWTensors,
+    TensorTables,
+    adamw_,
+    clip_coefficient,
+    gradient_norm,
+)
 
 
 class AdamW(torch.optim.AdamW):
@@ -46,11 +54,11 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
         self._step_supports_amp_scaling = False  # torch's would take `grad_scale` and `found_inf` from a GradScaler
         self.kernels = kernels
-        self._tables = TensorTables()
+        self._tables, self._norm_tables = TensorTables(), TensorTables()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables = TensorTables()
+        self._tables, self._norm_tables = TensorTables(), TensorTables()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -61,6 +69,22 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             self._step_group(group)
         return loss
+
+    @torch.no_grad()
+    def clip_in_step(self, max_norm: float) -> Tensor | None:
+        """The norm of all gradients, to which the next step clips: they are read once for it and never written.
+
+        A norm that is not finite makes that step change nothing. None where no kernel takes the step: then nothing has
+        been prepared.
+        """
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        fused = all(group["fused"] is not False for group in self.param_groups)
+        if not gradients or not fused or not ADAMW.has_kernel_for(self.kernels, gradients[0]):
+            return None
+        norm = gradient_norm(gradients, tables=self._norm_tables, backend=self.kernels)
+        self.gradient_factor = clip_coefficient(norm, max_norm)
+        self.skip = ~norm.isfinite()
+        return norm
 
     def _step_group(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]

@@ -161,6 +161,9 @@ class NeoXTrainer(Trainer):
         self.state.num_input_tokens_seen += tokens * self.topology.data
         self.throughput.count(tokens)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self.engine.clip_gradients(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.guard.must_skip(self.state.global_step + 1, norm):
@@ -170,7 +173,8 @@ class NeoXTrainer(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: NeoXTrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
         stock = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return optimizer_class(args, stock)
+        kernels = getattr(getattr(model, "config", None), "kernels", "auto")
+        return optimizer_class(args, stock, kernels)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args

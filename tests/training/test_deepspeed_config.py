@@ -55,7 +55,7 @@ def test_nothing_is_left_to_be_filled_in(parallel, stage, precision):
 
 def test_automatic_precision_is_the_host_s(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert config(ParallelSettings(zero_stage=1), "auto")["bf16"] ["enabled"]
+    assert config(ParallelSettings(zero_stage=1), "auto")["bf16"]["enabled"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "bf16" not in config(ParallelSettings(zero_stage=1), "auto")
 

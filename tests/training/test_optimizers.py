@@ -1,9 +1,11 @@
 """Our AdamW: torch's numbers, with and without fp32 master weights, clipping and skipping inside the step."""
 
 import copy
+import math
 
 import pytest
 import torch
+from torch import nn
 
 from neox_hf.errors import RecipeError
 from neox_hf.parallel.data_parallel import accumulate_gradients_in_fp32
@@ -237,3 +239,39 @@ def test_on_disk_it_has_torchs_name():
 def test_bf16_refuses_other_optimizers(tmp_path):
     with pytest.raises(RecipeError, match=r"'adafactor' has no fp32 master weights.*adamw_torch_fused"):
         optimizer_class(arguments(tmp_path, precision="bf16", optim="adafactor"), (torch.optim.SGD, {}))
+
+
+@pytest.mark.parametrize("optimizer_type", [FusedAdamW, MasterAdamW])
+@pytest.mark.parametrize("max_norm", [1e-2, 1e9])
+def test_clipping_in_the_step_is_clipping_before_it(optimizer_type, max_norm):
+    dtype = torch.float32 if optimizer_type is FusedAdamW else torch.bfloat16
+    weights = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((5, 3), (7,))]
+    others = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    optimizer, other = optimizer_type(weights, kernels="triton"), optimizer_type(others, kernels="triton")
+    for _ in range(3):
+        for weight, same in zip(weights, others, strict=True):
+            weight.grad = torch.randn(weight.shape).to(dtype)
+            same.grad = weight.grad.clone()
+        norm = optimizer.clip_in_step(max_norm)
+        wanted = nn.utils.clip_grad_norm_(others, max_norm)
+        torch.testing.assert_close(norm.to(wanted.dtype), wanted)
+        optimizer.step()
+        other.step()
+    for weight, same in zip(weights, others, strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_a_norm_that_is_not_finite_changes_nothing():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = FusedAdamW([weight], kernels="triton")
+    weight.grad = torch.tensor([1.0, math.inf, 1.0, 1.0])
+    assert optimizer.clip_in_step(1.0).isinf()
+    optimizer.step()
+    assert weight.tolist() == [1.0] * 4
+
+
+def test_where_torch_takes_the_step_torch_clips():
+    weight = nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    assert FusedAdamW([weight], kernels="torch").clip_in_step(1.0) is None
+    assert FusedAdamW([weight], kernels="triton", fused=False).clip_in_step(1.0) is None
