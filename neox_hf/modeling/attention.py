@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, H hidden, N heads of this rank (all, unless the mod
 rotated width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neox_hf.kernels import rotary
+from neox_hf.kernels import causal_attention, causal_softmax, rotary
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
 from neox_hf.parallel import ALONE, TensorRegion, column_linear, row_linear
@@ -54,14 +55,36 @@ class GPTNeoXAttention(nn.Module):
         query, key, value = rotary(qkv, cos, sin, backend=self.config.kernels)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        # Looked up in every pass: `set_attn_implementation` may change it between two.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.attention_dropout if self.training else 0.0
-        with self.region.own_random(query.device, dropout):
-            output, weights = attend(
-                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-            )
+        kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        plain = attention_mask is None and layer_past is None and kwargs.get("is_causal", True)
+        with self.region.own_random(query.device, kwargs["dropout"]):
+            output, weights = self._implementation(plain)(self, query, key, value, attention_mask, **kwargs)
         return self.dense(output.reshape(*batch_shape, -1)), weights
+
+    def _implementation(self, plain: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The implementation that the configuration names now: `set_attn_implementation` may change it between passes.
+
+        plain: there is neither a mask nor a cache, so a causal mask that nobody makes will do.
+        """
+        name = self.config._attn_implementation
+        if name == "sdpa" and plain:
+            return plain_causal_attention
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+
+
+def plain_causal_attention(
+    module: GPTNeoXAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`kernels.causal_attention` in the signature of transformers' implementations."""
+    backend = module.config.kernels
+    return causal_attention(query, key, value, scale=scaling, dropout=dropout, backend=backend), None
 
 
 def eager_attention(
@@ -76,11 +99,13 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, softmax in fp32: the implementation that also returns its weights.
 
-    query, key, value [B, N, S, D]; the additive mask [B, 1, S, keys]. Returns ([B, S, N, D], weights [B, N, S, keys]).
+    query, key, value [B, N, S, D]; an additive mask [B, 1, S, keys], or None for the causal one. Returns
+    ([B, S, N, D], weights [B, N, S, keys]).
     """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    scores = torch.matmul(query, key.transpose(2, 3))
+    if attention_mask is None:
+        weights = causal_softmax(scores, scaling, overwrite=True, backend=module.config.kernels)
+    else:
+        weights = F.softmax(scores * scaling + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from neox_hf.kernels import residual_add
+from neox_hf.kernels import BIAS_DROPOUT_RESIDUAL, bias_dropout_residual, draw_dropout_seed, residual_add
 from neox_hf.modeling.attention import GPTNeoXAttention
+from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GPTNeoXMLP
 from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize, normalize_twice
@@ -58,21 +59,32 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         if self.use_parallel_residual:
             entered = enter(hidden_states, region, self.attention, self.mlp)
             stream, *normed = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
-            attended = self.post_attention_dropout(self.attention(normed[0], **seen)[0])
-            transformed = self.post_mlp_dropout(self.mlp(normed[1]))
-            stream = self._outside(hidden_states, stream)
-            return residual_add(stream, *region.leave_together(attended, transformed), backend=self.kernels)
+            branches = (self.attention(normed[0], **seen)[0], self.mlp(normed[1]))
+            dropouts = (self.post_attention_dropout, self.post_mlp_dropout)
+            return self._joined(self._outside(hidden_states, stream), region, branches, dropouts)
 
         entered = enter(hidden_states, region, self.attention)
         stream, normed = normalize(self.input_layernorm, entered)
-        attended = self.post_attention_dropout(self.attention(normed, **seen)[0])
         stream = self._outside(hidden_states, stream)
-        hidden_states = residual_add(stream, region.leave(attended), backend=self.kernels)
+        branch = self.attention(normed, **seen)[0]
+        hidden_states = self._joined(stream, region, (branch,), (self.post_attention_dropout,))
         entered = enter(hidden_states, region, self.mlp)
         stream, normed = normalize(self.post_attention_layernorm, entered)
-        transformed = self.post_mlp_dropout(self.mlp(normed))
         stream = self._outside(hidden_states, stream)
-        return residual_add(stream, region.leave(transformed), backend=self.kernels)
+        return self._joined(stream, region, (self.mlp(normed),), (self.post_mlp_dropout,))
+
+    def _joined(
+        self, stream: Tensor, region: TensorRegion, branches: tuple[Tensor, ...], dropouts: tuple[nn.Module, ...]
+    ) -> Tensor:
+        """stream + the dropout of each branch, which are partial sums where the region splits the block."""
+        rate = getattr(dropouts[0], "p", 0.0) if self.training else 0.0
+        alike = all(is_bare(dropout, nn.Dropout) and dropout.p == rate for dropout in dropouts)
+        if rate and alike and region.size == 1 and BIAS_DROPOUT_RESIDUAL.has_kernel_for(self.kernels, stream):
+            first, second = (*branches, None)[:2]
+            seed = draw_dropout_seed(stream.device)
+            return bias_dropout_residual(stream, first, None, second, None, rate, seed, backend=self.kernels)
+        dropped = [dropout(branch) for dropout, branch in zip(dropouts, branches, strict=True)]
+        return residual_add(stream, *region.leave_together(*dropped), backend=self.kernels)
 
     def _outside(self, before: Tensor, entered: Tensor) -> Tensor:
         """The residual stream: what entered the region, unless gradients are partial in there."""

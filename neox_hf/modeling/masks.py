@@ -43,12 +43,12 @@ def is_causal_enough(
     position_ids: Tensor | None,
     past_key_values: Cache | None,
 ) -> bool:
-    """Whether SDPA's `is_causal` alone is right, decided without reading a tensor.
+    """Whether a causal mask that is never made will do, as SDPA's `is_causal`; decided without reading a tensor.
 
     transformers reads tensors to decide, so while `torch.compile` traces it declines and builds [B, 1, S, S]; and in
     eager mode it waits for the device in every forward pass.
     """
-    if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
+    if config._attn_implementation not in ("sdpa", "eager") or not getattr(config, "is_causal", True):
         return False
     if attention_mask is not None or position_ids is not None:
         return False
