@@ -57,7 +57,7 @@ def optimizer_class(
             f"train.optim={name!r} has no fp32 master weights, which train.precision={args.precision!r} keeps; "
             f"use {' or '.join(WITH_MASTER_WEIGHTS)}, or train.precision=amp"
         )
-    if args.deepspeed or not (args.keeps_master or name == FUSED):
+    if not (args.keeps_master or name == FUSED):
         return stock
     kept = {name: kwargs[name] for name in ("lr", "betas", "eps") if name in kwargs}
     ours = MasterAdamW if args.keeps_master else FusedAdamW
