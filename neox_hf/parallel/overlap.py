@@ -15,8 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neox_hf.kernels.autocast import autocast_dtype
+from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.weight_gradient import sum_of
-from neox_hf.parallel.messages import start_all_reduce, start_gather_sequence, start_reduce_scatter_sequence
+from neox_hf.parallel.messages import (
+    Message,
+    start_all_reduce,
+    start_gather_sequence,
+    start_reduce_scatter_sequence,
+)
 from neox_hf.parallel.tensor_region import TensorRegion
 
 
@@ -84,36 +90,58 @@ class _PostponingLinear(torch.autograd.Function):
     """x W^T + b, which computes the gradient of x alone."""
 
     @staticmethod
-    def forward(ctx: Any, postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.postponed, ctx.biased = postponed, bias is not None
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any,
+        postponed: PostponedGradients,
+        late: LateTensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.postponed, ctx.late, ctx.biased = postponed, late, bias is not None
+        ctx.save_for_backward(weight, None if late else x)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        ctx.postponed.give(gradient, x, ctx.biased)
-        return None, gradient @ weight, None, None
+        weight, x = ctx.saved_tensors
+        if ctx.late is None:
+            ctx.postponed.give(gradient, x, ctx.biased)
+        else:  # there before it is taken: what makes x stands behind `enter`
+            ctx.late.when_there(lambda again: ctx.postponed.give(gradient, again, ctx.biased))
+        return None, None, gradient @ weight, None, None
 
 
 class _GatheredLinear(torch.autograd.Function):
     """x W^T + b of scattered x. Keeps its part of x and gathers the rest again for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.region = region
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, region: TensorRegion, late: LateTensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.region, ctx.late = region, late
+        ctx.save_for_backward(weight, None if late else x)
         return F.linear(start_gather_sequence(x, region).wait(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _, wants_x, *wanted = ctx.needs_input_grad
-        x, weight = ctx.saved_tensors
-        gathering = start_gather_sequence(x, ctx.region) if wanted[0] else None
-        reducing = start_reduce_scatter_sequence(gradient @ weight, ctx.region) if wants_x else None
+        _, _, wants_x, *wanted = ctx.needs_input_grad
+        (weight, x), region = ctx.saved_tensors, ctx.region
+        if ctx.late is not None:
+            reducing = start_reduce_scatter_sequence(gradient @ weight, region)
+            for_bias = gradient.flatten(0, -2).sum(0) if wanted[1] else None
+            ctx.late.when_there(lambda again: _add_gathered(weight, gradient, start_gather_sequence(again, region)))
+            return None, None, reducing.wait(), None, for_bias
+        gathering = start_gather_sequence(x, region) if wanted[0] else None
+        reducing = start_reduce_scatter_sequence(gradient @ weight, region) if wants_x else None
         whole = gathering.wait() if gathering else x
         gradients = weight_gradients(weight, gradient, whole, wanted)
-        return None, reducing and reducing.wait(), *gradients
+        return None, None, reducing and reducing.wait(), *gradients
+
+
+def _add_gathered(weight: Tensor, gradient: Tensor, gathering: Message) -> None:
+    """Add the gradient of a weight that has its gradients summed, from a scattered input that arrives."""
+    weight_gradients(weight, gradient, gathering.wait(), (True, False))
 
 
 # A compiler splits its graph in front of the functions below: messages are none of its business.
@@ -134,13 +162,15 @@ def enter_ahead_of(
 def postponing_linear(postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from."""
     bias = None if bias is None else bias.detach()
-    return _PostponingLinear.apply(postponed, *_in_autocast_dtype(x, weight.detach(), bias))
+    late = late_form(x) if x.requires_grad else None
+    return _PostponingLinear.apply(postponed, late, *_in_autocast_dtype(x, weight.detach(), bias))
 
 
 @torch.compiler.disable
 def gathered_linear(region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of scattered x [B, S / size, in] for the whole sequence. The gradient of x is whole, and scattered."""
-    return _GatheredLinear.apply(region, *_in_autocast_dtype(x, weight, bias))
+    late = late_form(x) if sum_of(weight) is not None else None
+    return _GatheredLinear.apply(region, late, *_in_autocast_dtype(x, weight, bias))
 
 
 def _in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
