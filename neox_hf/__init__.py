@@ -23,6 +23,7 @@ from neox_hf.modeling import (
 from neox_hf.version import VERSION as __version__
 
 LAZY = {
+    "apply_kernels": "neox_hf.modeling.apply_kernels",
     "NeoXTrainer": "neox_hf.training.trainer",
     "NeoXTrainingArguments": "neox_hf.training.arguments",
     "load_recipe": "neox_hf.training.recipe",
@@ -54,6 +55,7 @@ __all__ = [
     "NeoXTrainer",
     "NeoXTrainingArguments",
     "__version__",
+    "apply_kernels",
     "load_recipe",
     "preset_config",
 ]

@@ -28,6 +28,7 @@ class GPTNeoXAttention(nn.Module):
     def __init__(self, config: GPTNeoXConfig, layer_idx: int, region: TensorRegion = ALONE) -> None:
         super().__init__()
         self.config = config
+        self.kernels = config.kernels
         self.layer_idx = layer_idx
         self.head_size = config.head_size
         self.attention_dropout = config.attention_dropout
@@ -52,7 +53,7 @@ class GPTNeoXAttention(nn.Module):
         batch_shape = fused.shape[:-1]
         qkv = fused.view(*batch_shape, -1, 3, self.head_size)
         cos, sin = position_embeddings
-        query, key, value = rotary(qkv, cos, sin, backend=self.config.kernels)
+        query, key, value = rotary(qkv, cos, sin, backend=self.kernels)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
@@ -83,7 +84,7 @@ def plain_causal_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """`kernels.causal_attention` in the signature of transformers' implementations."""
-    backend = module.config.kernels
+    backend = module.kernels
     return causal_attention(query, key, value, scale=scaling, dropout=dropout, backend=backend), None
 
 
@@ -104,7 +105,7 @@ def eager_attention(
     """
     scores = torch.matmul(query, key.transpose(2, 3))
     if attention_mask is None:
-        weights = causal_softmax(scores, scaling, overwrite=True, backend=module.config.kernels)
+        weights = causal_softmax(scores, scaling, overwrite=True, backend=module.kernels)
     else:
         weights = F.softmax(scores * scaling + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)

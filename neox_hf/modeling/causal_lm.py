@@ -1,5 +1,6 @@
 """`GPTNeoXForCausalLM`: the model that pretraining trains and the Hub serves."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from neox_hf.kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy
+from neox_hf.kernels import IGNORE_INDEX, Backend, cross_entropy, linear_cross_entropy
 from neox_hf.kernels.cross_entropy import labels_of_next_tokens, mean_over_labels
+from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
-from neox_hf.parallel import TensorRegion, Topology, vocabulary_head
+from neox_hf.parallel import TensorRegion, Topology, VocabParallelHead, vocabulary_head
 
 
 class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
@@ -28,15 +30,24 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    skip_logits_in_training = False
+    _own_loss: Callable[..., Tensor] | None = None
 
     def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
         super().__init__(config)
         self.region = TensorRegion.of(topology)
         self.gpt_neox = GPTNeoXModel(config, topology)
         self.lm_head = vocabulary_head(config.hidden_size, config.vocab_size, self.region)
-        self._own_loss = partial(causal_lm_loss, kernels=config.kernels)
-        self.loss_function = self._own_loss
+        self.choose_kernels(config.kernels)
         self.post_init()
+
+    def choose_kernels(self, kernels: Backend) -> None:
+        """Who computes the loss, unless it has been replaced."""
+        replaced = getattr(self, "_loss_function", None) is not self._own_loss
+        self.kernels = kernels
+        self._own_loss = partial(causal_lm_loss, kernels=kernels)
+        if not replaced:
+            self.loss_function = self._own_loss
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -54,9 +65,13 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
             hidden_states.flatten(0, 1),
             self.lm_head.weight if head is None else head,
             next_tokens.flatten(),
-            backend=self.config.kernels,
+            backend=self.kernels,
             **self.words_of_this_rank(),
         )
+
+    def _fuses_head_and_loss(self) -> bool:
+        """Whether `loss_without_logits` is what the head and the loss would give."""
+        return self.loss_function is self._own_loss and is_bare(self.lm_head, nn.Linear, VocabParallelHead)
 
     def words_of_this_rank(self) -> dict[str, Any]:
         """How `linear_cross_entropy` has to read the head where its vocabulary is split."""
@@ -96,7 +111,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        skip_logits: bool = False,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """Logits [B, S, V] and, with labels, the mean loss. A split vocabulary has no logits where there are labels,
@@ -105,8 +120,9 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         labels int64 [B, S]: the tokens themselves, shifted here; -100 counts for nothing. `shift_labels` among kwargs
         are the next tokens already and win. `num_items_in_batch` divides the summed loss where a step has more than
         this batch. logits_to_keep: how many of the last positions to project (0: all), or their indices. skip_logits:
-        the loss is all that is wanted; logits are None and never exist as a whole, unless the loss has been replaced.
-        Other arguments: see `GPTNeoXModel`.
+        the loss is all that is wanted; logits are None and never exist as a whole, unless the loss has been replaced or
+        something is attached to the head. None is `skip_logits_in_training` while training, else False. Other
+        arguments: see `GPTNeoXModel`.
         """
         outputs = self.gpt_neox(
             input_ids,
@@ -119,7 +135,9 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
         wants_loss = labels is not None or kwargs.get("shift_labels") is not None
-        if wants_loss and (skip_logits or self.region.size > 1) and self.loss_function is self._own_loss:
+        if skip_logits is None:
+            skip_logits = self.training and self.skip_logits_in_training
+        if wants_loss and (skip_logits or self.region.size > 1) and self._fuses_head_and_loss():
             loss = self.loss_without_logits(hidden_states, labels, **kwargs)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))

@@ -1,0 +1,169 @@
+"""`apply_kernels`: a model of transformers' GPT-NeoX classes, already built, computes with our block and kernels.
+
+Nothing is copied. Modules change their class, in place: parameters, buffers, hooks, adapters and the configuration are
+the very objects they were, and so are their names.
+"""
+
+import logging
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.gpt_neox import modeling_gpt_neox as stock
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from neox_hf.kernels import BACKENDS, OPS, Backend, describe_choice
+from neox_hf.modeling import stock_classes
+from neox_hf.modeling.attention import GPTNeoXAttention
+from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
+from neox_hf.modeling.layer import GPTNeoXLayer
+from neox_hf.modeling.mlp import GELU, GELU_FORMS, GPTNeoXMLP
+from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
+from neox_hf.modeling.norms import GPTNeoXLayerNorm
+from neox_hf.parallel import ALONE, Linear
+
+logger = logging.getLogger(__name__)
+
+BLOCK: dict[type[nn.Module], type[nn.Module]] = {
+    stock.GPTNeoXLayer: stock_classes.GPTNeoXLayer,
+    stock.GPTNeoXAttention: stock_classes.GPTNeoXAttention,
+    stock.GPTNeoXMLP: stock_classes.GPTNeoXMLP,
+    stock.GPTNeoXRotaryEmbedding: stock_classes.GPTNeoXRotaryEmbedding,
+}
+"""What has to change together: the angles that one module makes are what another reads."""
+
+NEW_CLASSES = BLOCK | {
+    stock.GPTNeoXModel: stock_classes.GPTNeoXModel,
+    stock.GPTNeoXForCausalLM: stock_classes.GPTNeoXForCausalLM,
+}
+
+
+def apply_kernels(model: nn.Module, kernels: Backend = "auto", *, skip_logits: bool = False) -> nn.Module:
+    """Make the GPT-NeoX model in `model` compute with our kernels, in place; returns `model`.
+
+    model: a GPTNeoXModel, any head of transformers on one, or what wraps them, such as a PEFT model; on any device, in
+        any precision, before or after an optimizer was made. In a model of this package only the choice changes.
+    kernels: `auto` (Triton on CUDA), `triton` or `torch`.
+    skip_logits: while training with labels, `GPTNeoXForCausalLM` computes head and loss in one operation and returns no
+        logits, which saves their memory; see its `forward`. Not for trainers that read logits.
+
+    Linears that are quantized or replaced stay what they are. Whatever hooks or adapters are attached to is called as
+    before, alone, and not fused with its neighbours. A forward hook on `query_key_value` that keeps the output sees
+    query and key change: they are rotated where they lie.
+
+    Raises:
+        ValueError: no GPT-NeoX model is in there, a part of it is of a class or a forward pass of the user's own, or
+            `kernels` is unknown. Nothing has changed then.
+    """
+    if kernels not in BACKENDS:
+        raise ValueError(f"kernels={kernels!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    _refuse_what_is_not_stock(model)
+    for module in list(model.modules()):
+        kind = NEW_CLASSES.get(type(module))
+        if kind is not None:
+            _become(module, kind)
+            _prepare_parts(module)
+    for module in model.modules():
+        _choose(module, kernels, skip_logits)
+    logger.info(describe_choice(OPS, kernels))
+    return model
+
+
+def _refuse_what_is_not_stock(model: nn.Module) -> None:
+    modules = list(model.modules())
+    if not any(isinstance(module, stock.GPTNeoXModel | GPTNeoXModel) for module in modules):
+        raise ValueError(
+            f"apply_kernels wants a GPT-NeoX model; found {_name(type(model))}, which holds no GPTNeoXModel. "
+            "Load one with transformers' AutoModelForCausalLM, from a checkpoint of model_type gpt_neox"
+        )
+    for module in modules:
+        for kind in (*BLOCK, stock.GPTNeoXModel):
+            if isinstance(module, kind):
+                _refuse_unless_one_of(module, kind)
+        if isinstance(module, stock.GPTNeoXModel):
+            _refuse_unless_holds(module, "rotary_emb", stock.GPTNeoXRotaryEmbedding)
+        if isinstance(module, stock.GPTNeoXLayer):
+            _refuse_unless_holds(module, "attention", stock.GPTNeoXAttention)
+
+
+def _refuse_unless_one_of(module: nn.Module, kind: type[nn.Module]) -> None:
+    """A subclass, or a forward pass put on the instance, may rely on anything; accelerate's hooks call the class's."""
+    patched = kind in BLOCK and "forward" in vars(module) and "_old_forward" not in vars(module)
+    if type(module) not in (kind, NEW_CLASSES[kind]) or patched:
+        found = f"a {kind.__name__} whose `forward` was replaced" if patched else _name(type(module))
+        raise ValueError(
+            f"apply_kernels knows transformers' own {kind.__name__}; found {found}. "
+            "Apply the kernels first, and what changes the class or the forward pass after them"
+        )
+
+
+def _refuse_unless_holds(parent: nn.Module, name: str, kind: type[nn.Module]) -> None:
+    child = getattr(parent, name)
+    if not isinstance(child, kind):
+        raise ValueError(
+            f"apply_kernels knows transformers' own {kind.__name__} as `{name}` of a {type(parent).__name__}; "
+            f"found {_name(type(child))}. Apply the kernels to the model as transformers builds it"
+        )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
+    """Give a module another class, and the attributes that its constructor would have set."""
+    module.__class__ = kind
+    vars(module).update(attributes)
+    if "_old_forward" in vars(module):  # accelerate's hooks call this one, bound to the class as it was
+        module._old_forward = MethodType(kind.forward, module)
+
+
+def _prepare_parts(module: nn.Module) -> None:
+    """The parts of a module of a new class that have no class of their own in transformers."""
+    if isinstance(module, GPTNeoXLayer):
+        _prepare_norms(module.input_layernorm, module.post_attention_layernorm)
+    elif isinstance(module, GPTNeoXAttention):
+        _prepare_linears(module.query_key_value, module.dense)
+    elif isinstance(module, GPTNeoXMLP):
+        _prepare_linears(module.dense_h_to_4h, module.dense_4h_to_h)
+        _prepare_activation(module.act)
+    elif isinstance(module, stock.GPTNeoXModel):
+        _prepare_norms(module.final_layer_norm)
+        # transformers does this where it constructs a model; without it nothing records hidden states.
+        _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+
+
+def _prepare_norms(*norms: nn.Module) -> None:
+    """Also those that an adapter holds, to train a copy."""
+    for norm in norms:
+        for part in norm.modules():
+            if type(part) is nn.LayerNorm:
+                _become(part, GPTNeoXLayerNorm, region=ALONE)
+
+
+def _prepare_linears(*linears: nn.Module) -> None:
+    """Also the one that an adapter stands around."""
+    for linear in linears:
+        base = linear
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        if type(base) is nn.Linear:
+            _become(base, Linear)
+
+
+def _prepare_activation(activation: nn.Module) -> None:
+    for name, form in GELU_FORMS.items():
+        if type(activation) is type(ACT2FN[name]):
+            _become(activation, GELU, form=form)
+            return
+
+
+def _choose(module: nn.Module, kernels: Backend, skip_logits: bool) -> None:
+    if isinstance(module, GPTNeoXLayer | GPTNeoXAttention | GPTNeoXLayerNorm | GELU):
+        module.kernels = kernels
+    elif isinstance(module, GPTNeoXForCausalLM | stock_classes.GPTNeoXForCausalLM):
+        module.choose_kernels(kernels)
+        module.skip_logits_in_training = skip_logits
+    if isinstance(module, GPTNeoXPreTrainedModel):
+        module.config.kernels = kernels
