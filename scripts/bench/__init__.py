@@ -1,0 +1,1 @@
+"""The benchmark of kernels and of the training step on one CUDA device: `python -m scripts.bench`, or `make bench`."""

@@ -1,0 +1,119 @@
+"""Accuracy of an op against an fp64 truth, and its time, by each implementation."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scripts.bench.floors import Shapes
+from scripts.bench.inputs import Inputs, Random
+from scripts.bench.liger import NotInstalled
+from scripts.bench.ops import Case
+from scripts.bench.timing import op_ms
+
+Row = dict[str, Any]
+
+ALLOWED = 1.05
+"""An error of ours may be this much of torch's at the same dtype: roundings fall out differently."""
+
+NEGLIGIBLE = 1e-7
+
+
+def error(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    """The largest relative error of any of the tensors, each by its norm."""
+    return max(
+        float((x.detach().double() - t).norm() / t.norm().clamp(min=1e-300)) for x, t in zip(found, truth, strict=True)
+    )
+
+
+def check_accuracy(case: Case, shapes: Shapes, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Row:
+    """Errors of outputs and gradients together; `good` where ours is no further from the truth than torch's."""
+
+    def results(op: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, ...]:
+        outputs, gradients = inputs.forward_and_backward(op)
+        return *outputs, *gradients
+
+    def fresh() -> Inputs:
+        return case.make(shapes, Random(device, dtype))
+
+    truth = tuple(x.detach() for x in results(case.torch, fresh().in_fp64()))
+    stock = error(results(case.torch, fresh()), truth)
+    ours = error(results(lambda *given: case.ours(*given, backend=backend), fresh()), truth)
+    clear(device)
+    return {
+        "op": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": stock,
+        "ours": ours,
+        "good": ours <= ALLOWED * stock + NEGLIGIBLE,
+    }
+
+
+def implementations(case: Case, backend: str) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """Makers, by name: what cannot be made says so by `NotInstalled`."""
+    made: dict[str, Callable[[], Callable[..., Any]]] = {
+        "ours": lambda: lambda *given: case.ours(*given, backend=backend),
+        "torch": lambda: case.torch,
+        "compile": lambda: torch.compile(case.compiled or case.torch, dynamic=False),
+    }
+    return made | ({"liger": case.liger} if case.liger else {})
+
+
+def time_case(case: Case, shapes: Shapes, device: torch.device, wanted: list[str], backend: str = "auto") -> Iterator[Row]:
+    """One row for each implementation, as soon as it is measured: ms forward, and forward and backward; and GiB that
+    the second takes beyond its inputs, at most."""
+    made = implementations(case, backend)
+    for name in case.timed:
+        if name not in wanted or name not in made:
+            continue
+        row: Row = {"op": case.name, "by": name}
+        try:
+            row |= _time(made[name](), case.make(shapes, Random(device, torch.bfloat16)), captured=name != "liger")
+        except NotInstalled as missing:
+            row["failed"] = str(missing)
+        except (RuntimeError, ImportError, TypeError) as problem:  # one op that fails does not end the others
+            row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
+        yield row
+        torch.compiler.reset()
+        clear(device)
+
+
+def _time(op: Callable[..., Any], inputs: Inputs, *, captured: bool) -> Row:
+    forward = op_ms(lambda: inputs.forward(op), captured=captured)
+    both = op_ms(lambda: inputs.forward_and_backward(op), captured=captured)
+    return {
+        "forward_ms": forward.ms,
+        "both_ms": both.ms,
+        "how": both.how,
+        "extra_gib": extra_gib(lambda: inputs.forward_and_backward(op)),
+    }
+
+
+def extra_gib(call: Callable[[], object]) -> float:
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def bounds(case: Case, shapes: Shapes) -> Row:
+    """Floors and targets beside which the times stand."""
+    return {
+        "op": case.name,
+        "forward_floor_ms": case.forward(shapes).floor_ms,
+        "both_floor_ms": case.both(shapes).floor_ms,
+        "forward_target_ms": case.targets[0],
+        "both_target_ms": case.targets[1],
+    }
+
+
+def clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

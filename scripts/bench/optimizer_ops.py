@@ -1,0 +1,135 @@
+"""The optimizer's step and the gradient norm over all parameters of a model, beside torch's fused forms."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from neox_hf.kernels import AdamWRates, AdamWTensors, TensorTables, adamw_, clip_coefficient, gradient_norm
+from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
+from neox_hf.modeling.configuration import GPTNeoXConfig
+from scripts.bench.floors import Work
+from scripts.bench.measure_ops import ALLOWED, NEGLIGIBLE, Row, clear, error
+from scripts.bench.timing import op_ms
+
+RATES = AdamWRates(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+
+# Bytes of each parameter, and what is owed for Pythia-1.4B.
+NARROW, WIDE, CLIP_NARROW, CLIP_WIDE = "AdamW, bf16", "AdamW, fp32 master", "gradient norm, bf16", "gradient norm, fp32"
+CAST = "cast fp32 masters to bf16"
+BYTES = {NARROW: 14, WIDE: 28, CLIP_NARROW: 2, CLIP_WIDE: 4, CAST: 0}
+TARGETS = {NARROW: 5.2, WIDE: 10.0, CLIP_NARROW: 0.8, CLIP_WIDE: 1.5}
+
+
+def parameter_shapes(config: GPTNeoXConfig) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [parameter.shape for parameter in GPTNeoXForCausalLM(config).parameters()]
+
+
+class State:
+    """Weights, gradients and moments of one dtype; with masters, weights are bf16 beside them.
+
+    step: torch's fused AdamW or ours, over the same tensors.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device, backend: str) -> None:
+        self.backend = backend
+        generator = torch.Generator(device).manual_seed(0)
+
+        def values(scale: float) -> list[Tensor]:
+            empty = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+            return [x.normal_(std=scale, generator=generator) for x in empty]
+
+        self.weights = [nn.Parameter(x) for x in values(0.02)]
+        for weight, gradient in zip(self.weights, values(1.0), strict=True):
+            weight.grad = gradient
+        self.gradients = [weight.grad for weight in self.weights]
+        self.tables, self.norm_tables = TensorTables(), TensorTables()
+
+    def stock(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            self.weights, RATES.lr, (RATES.beta1, RATES.beta2), RATES.eps, RATES.weight_decay, fused=True
+        )
+
+    def own(self, *, narrow_copy: bool) -> AdamWTensors:
+        """narrow_copy: bf16 weights are written beside."""
+        weights = [weight.detach() for weight in self.weights]
+        return AdamWTensors(
+            weights=[weight.bfloat16() for weight in weights] if narrow_copy else weights,
+            gradients=self.gradients,
+            masters=weights if narrow_copy else None,
+            exp_avgs=[torch.zeros_like(x) for x in weights],
+            exp_avg_sqs=[torch.zeros_like(x) for x in weights],
+            steps=[torch.zeros((), device=x.device) for x in weights],
+        )
+
+    def own_step(self, tensors: AdamWTensors) -> Callable[[], None]:
+        return lambda: adamw_(tensors, RATES, tables=self.tables, backend=self.backend)
+
+    def own_clip(self) -> Tensor:
+        """The factor that the step applies: gradients are not written."""
+        norm = gradient_norm(self.gradients, tables=self.norm_tables, backend=self.backend)
+        return clip_coefficient(norm, 1.0)
+
+
+def check_adamw(shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Row:
+    """Weights after two steps, against torch's in fp64 from the same numbers."""
+    truth = State(shapes, dtype, device, backend)
+    truth.weights = [nn.Parameter(weight.detach().double()) for weight in truth.weights]
+    for weight, gradient in zip(truth.weights, truth.gradients, strict=True):
+        weight.grad = gradient.double()
+    stock, ours = (State(shapes, dtype, device, backend) for _ in range(2))
+    for state in (truth, stock):
+        optimizer = state.stock()
+        optimizer.step()
+        optimizer.step()
+    tensors = ours.own(narrow_copy=False)
+    for _ in range(2):
+        ours.own_step(tensors)()
+    exact = tuple(weight.detach() for weight in truth.weights)
+    errors = [error(tuple(state.weights), exact) for state in (stock, ours)]
+    return {
+        "op": "AdamW",
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": errors[0],
+        "ours": errors[1],
+        "good": errors[1] <= ALLOWED * errors[0] + NEGLIGIBLE,
+    }
+
+
+def time_optimizer(shapes: Sequence[torch.Size], device: torch.device, backend: str = "auto") -> Iterator[Row]:
+    """A row for each op and implementation. Not captured: torch's fused step counts on the host."""
+    for dtype, step, clip in ((torch.bfloat16, NARROW, CLIP_NARROW), (torch.float32, WIDE, CLIP_WIDE)):
+        state = State(shapes, dtype, device, backend)
+        narrow_copy = dtype == torch.float32
+        yield timed(step, "ours", state.own_step(state.own(narrow_copy=narrow_copy)))
+        clear(device)
+        yield timed(clip, "ours", state.own_clip)
+        yield timed(clip, "torch", lambda held=state: nn.utils.clip_grad_norm_(held.weights, 1.0))
+        yield timed(step, "torch", state.stock().step)
+        clear(device)
+        if narrow_copy:
+            copies = [weight.detach().bfloat16() for weight in state.weights]
+            yield timed(CAST, "torch", lambda c=copies, held=state: cast(c, held.weights))
+        del state
+        clear(device)
+
+
+@torch.no_grad()
+def cast(copies: list[Tensor], masters: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(copies, list(masters))
+
+
+def timed(op: str, by: str, call: Callable[[], object]) -> Row:
+    timing = op_ms(call, captured=False)
+    return {"op": op, "by": by, "both_ms": timing.ms, "how": timing.how}
+
+
+def optimizer_bounds(shapes: Sequence[torch.Size]) -> Iterator[Row]:
+    parameters = sum(shape.numel() for shape in shapes)
+    for op, size in BYTES.items():
+        yield {
+            "op": op,
+            "both_floor_ms": Work(moved=size * parameters).floor_ms,
+            "both_target_ms": TARGETS.get(op),
+        }
