@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from neox_hf.kernels.dispatch import BACKENDS
+from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import hand_over, heads, interleaved
+from neox_hf.kernels.registration import register, register_fake
 
 AttentionBackend = Literal["sdpa", "flash_attention_4"]
 
@@ -61,7 +62,7 @@ def _flash_attention_4() -> ModuleType:
 
 
 # The names tell selective recomputation that these are attention, to be kept (modeling/recompute.py).
-@torch.library.custom_op("neox_hf::flash_attn_forward", mutates_args=())
+@register("flash_attn_forward")
 def flash_attn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, S, N, D] and, fp32, the logarithm [B, N, S] of each softmax's denominator."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -71,14 +72,14 @@ def flash_attn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return output, log_sum
 
 
-@flash_attn_forward.register_fake
+@register_fake(flash_attn_forward)
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, count, sequence, size = query.shape
     log_sum = query.new_empty(batch, count, sequence, dtype=torch.float32)
     return query.new_empty(batch, sequence, count, size), log_sum
 
 
-@torch.library.custom_op("neox_hf::flash_attn_backward", mutates_args=())
+@register("flash_attn_backward")
 def flash_attn_backward(
     upstream: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, scale: float
 ) -> Tensor:
@@ -103,7 +104,7 @@ def flash_attn_backward(
     return buffer
 
 
-@flash_attn_backward.register_fake
+@register_fake(flash_attn_backward)
 def _(
     upstream: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, scale: float
 ) -> Tensor:

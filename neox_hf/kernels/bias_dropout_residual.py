@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from neox_hf.kernels.column_sums import column_grid, column_sums, finish_column_sums, multiprocessors
+from neox_hf.kernels.column_sums import column_grid, column_sums, finish_column_sums
+from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.registration import register, register_fake
 
 
 def draw_dropout_seed(device: torch.device) -> Tensor:
@@ -138,8 +140,7 @@ def _dropout_numbers(probability: float) -> tuple[int, float]:
     return min(round(probability * 2**32), 2**32 - 1), 0.0 if probability == 1 else 1 / (1 - probability)
 
 
-# Custom ops, not `triton_op`s: into those a tracer would look, and find the interpreter where there is no GPU.
-@torch.library.custom_op("neox_hf::bias_dropout_residual_forward", mutates_args=())
+@register("bias_dropout_residual_forward")
 def _forward(
     x: Tensor,
     first: Tensor,
@@ -170,7 +171,7 @@ def _forward(
     return y
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(
     x: Tensor,
     first: Tensor,
@@ -183,7 +184,7 @@ def _(
     return torch.empty(x.shape, dtype=_result_dtype(x, first, second), device=x.device)
 
 
-@torch.library.custom_op("neox_hf::dropout_backward", mutates_args=())
+@register("dropout_backward")
 def _dropout_backward(
     dy: Tensor, probability: float, seed: Tensor, branches: int, sum_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +218,7 @@ def _dropout_backward(
     return first, second, sums
 
 
-@_dropout_backward.register_fake
+@register_fake(_dropout_backward)
 def _(
     dy: Tensor, probability: float, seed: Tensor, branches: int, sum_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,13 +16,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from neox_hf.kernels.column_sums import column_grid, finish_column_sums, multiprocessors
+from neox_hf.kernels.column_sums import column_grid, finish_column_sums
+from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.registration import register, register_fake
 
 GeluForm = Literal["erf", "tanh"]
 TORCH_FORMS: dict[str, str] = {"erf": "none", "tanh": "tanh"}
@@ -143,8 +145,7 @@ def _backward_kernel(
         tl.store(partial + slab * columns + column, sums, mask=column < columns)
 
 
-# Custom ops, not `triton_op`s: into those a tracer would look, and find the interpreter where there is no GPU.
-@torch.library.custom_op("neox_hf::bias_gelu_forward", mutates_args=())
+@register("bias_gelu_forward")
 def _forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -168,12 +169,12 @@ def _forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return y
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("neox_hf::bias_gelu_backward", mutates_args=())
+@register("bias_gelu_backward")
 def bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, form: str, sum_dtype: torch.dtype | None, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +209,7 @@ def bias_gelu_backward(
     return dx, x.new_empty(0) if partial is None else finish_column_sums(partial, sum_dtype), y
 
 
-@bias_gelu_backward.register_fake
+@register_fake(bias_gelu_backward)
 def _(
     dy: Tensor, x: Tensor, bias: Tensor | None, form: str, sum_dtype: torch.dtype | None, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

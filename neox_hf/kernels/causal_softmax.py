@@ -11,16 +11,18 @@ computed in fp32 and rounded once. The last query sees every key. A query that s
 The kernels read what is seen, about half, and write all. Of the forward pass y alone is kept.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.registration import register, register_fake
 
 TILE = 2048
 """Elements in a tile: several short rows, or one."""
@@ -163,6 +165,7 @@ class RowTiles:
     warps: int
 
 
+@functools.cache
 def row_tiles(keys: int, longest: int = LONGEST) -> RowTiles:
     """16 elements a lane, two vectors of 16 bytes in half precision."""
     whole = keys <= longest
@@ -217,8 +220,7 @@ def _launch_backward(dy: Tensor, y: Tensor, scale: float, dx: Tensor, longest: i
     )
 
 
-# Custom ops, not `triton_op`s: into those a tracer would look, and find the interpreter where there is no GPU.
-@torch.library.custom_op("neox_hf::causal_softmax_forward", mutates_args=())
+@register("causal_softmax_forward")
 def _forward(scores: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     scores = scores.contiguous()
     y = torch.empty_like(scores)
@@ -226,30 +228,30 @@ def _forward(scores: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     return y
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(scores: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("neox_hf::causal_softmax_forward_", mutates_args={"scores"})
+@register("causal_softmax_forward_", mutates=("scores",))
 def _forward_(scores: Tensor, scale: float, mask: Tensor | None) -> None:
     """Into contiguous scores."""
     _launch_forward(scores, scale, mask, scores)
 
 
-@_forward_.register_fake
+@register_fake(_forward_)
 def _(scores: Tensor, scale: float, mask: Tensor | None) -> None:
     return None
 
 
-@torch.library.custom_op("neox_hf::causal_softmax_backward", mutates_args=())
+@register("causal_softmax_backward")
 def _backward(dy: Tensor, y: Tensor, scale: float) -> Tensor:
     dx = torch.empty_like(y)
     _launch_backward(dy.contiguous(), y, scale, dx)
     return dx
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(dy: Tensor, y: Tensor, scale: float) -> Tensor:
     return torch.empty_like(y)
 

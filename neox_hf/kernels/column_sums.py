@@ -9,12 +9,15 @@ sums stay in registers and end as one row of the partial sums [slabs, H]. A seco
 of other ops that sum a gradient while they write it share the grid (`ColumnGrid`) and the second stage.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.registration import register, register_fake
 
 WARP_COLUMNS = 256
 """Columns of a row that one warp reads at once: 8 a lane, 16 bytes of half precision."""
@@ -41,6 +44,7 @@ class ColumnGrid:
         return (self.blocks * self.slabs,)
 
 
+@functools.lru_cache(1024)
 def column_grid(rows: int, columns: int, tile_rows: int, multiprocessors: int | None = None) -> ColumnGrid:
     """The widest blocks that leave the fewest lanes idle.
 
@@ -52,11 +56,6 @@ def column_grid(rows: int, columns: int, tile_rows: int, multiprocessors: int | 
     if multiprocessors is not None:
         slabs = min(slabs, multiprocessors * WARPS_IN_FLIGHT // (blocks * warps))
     return ColumnGrid(width, warps, blocks, max(slabs, 1))
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; one where kernels are interpreted. Nothing waits for the device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
@@ -84,21 +83,23 @@ def _finish_kernel(partial, sums, slabs, columns, SLABS: tl.constexpr, WIDTH: tl
     tl.store(sums + column, tl.sum(total, axis=0), mask=column < columns)
 
 
-def finish_column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum [H] in `dtype` of fp32 partial sums [slabs, H]. Few columns a program: it is latency that counts."""
+def finish_column_sums(partial: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The sum [H], or of a `shape` of H elements, in `dtype`, of fp32 partial sums [slabs, H].
+
+    Few columns a program: it is latency that counts.
+    """
     slabs, columns = partial.shape
-    sums = torch.empty(columns, dtype=dtype, device=partial.device)
+    sums = torch.empty(shape or (columns,), dtype=dtype, device=partial.device)
     width = 32
     _finish_kernel[(-(-columns // width),)](partial, sums, slabs, columns, SLABS=128, WIDTH=width)
     return sums
 
 
-@torch.library.custom_op("neox_hf::column_sums", mutates_args=())
+@register("column_sums")
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums [H] over all other dimensions of x [..., H], in fp32, rounded once to `dtype`.
 
-    A kernel of Triton: on CUDA, or in its interpreter. A custom op, not a `triton_op`: into that a tracer would look,
-    and find the interpreter.
+    A kernel of Triton: on CUDA, or in its interpreter.
     """
     columns = x.shape[-1]
     if columns == 0:
@@ -113,6 +114,6 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     return finish_column_sums(partial, dtype)
 
 
-@column_sums.register_fake
+@register_fake(column_sums)
 def _(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[-1], dtype=dtype)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.softmax_rows import row_statistics, rows_gradient
 
 IGNORE_INDEX = -100
@@ -32,8 +33,7 @@ def cross_entropy_reference(logits: Tensor, next_labels: Tensor, ignore_index: i
     return total
 
 
-# Opaque to a compiler, which has nothing to fuse with a pass over whole rows; so the interpreter runs the same op.
-@torch.library.custom_op("neox_hf::cross_entropy_forward", mutates_args=())
+@register("cross_entropy_forward")
 def cross_entropy_forward(
     logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,13 +44,13 @@ def cross_entropy_forward(
     return losses.sum(), maxima, sums
 
 
-@cross_entropy_forward.register_fake
+@register_fake(cross_entropy_forward)
 def _(logits: Tensor, next_labels: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (rows, 1), (rows, 3)))
 
 
-@torch.library.custom_op("neox_hf::cross_entropy_backward", mutates_args=())
+@register("cross_entropy_backward")
 def cross_entropy_backward(
     logits: Tensor,
     next_labels: Tensor,
@@ -76,7 +76,7 @@ def cross_entropy_backward(
     return out
 
 
-@cross_entropy_backward.register_fake
+@register_fake(cross_entropy_backward)
 def _(
     logits: Tensor,
     next_labels: Tensor,

@@ -36,5 +36,4 @@ def interprets() -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Whether a kernel can be launched on tensors of `device`; on `meta` only shapes are asked for."""
-    launchable = ("cuda", "meta", "cpu") if interprets() else ("cuda", "meta")
-    return HAS_TRITON and device.type in launchable
+    return HAS_TRITON and (device.type in ("cuda", "meta") or (device.type == "cpu" and interprets()))

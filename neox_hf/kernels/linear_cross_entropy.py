@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from neox_hf.kernels.autocast import autocast_dtype, without_autocast
 from neox_hf.kernels.chunked_losses import (
@@ -32,6 +31,8 @@ from neox_hf.kernels.chunked_losses import (
 from neox_hf.kernels.cross_entropy import IGNORE_INDEX
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
+from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.vocabulary_share import Reduce, VocabularyShare
 
 PROMISE_TOLERANCE = 1e-3
@@ -39,7 +40,7 @@ PROMISE_TOLERANCE = 1e-3
 
 
 # An op of its own, so that a compiler does not unroll the chunks. It can call no ranks: they stay Python's.
-@torch.library.custom_op("neox_hf::linear_cross_entropy", mutates_args={"into"})
+@register("linear_cross_entropy", mutates=("into",))
 def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
@@ -68,7 +69,7 @@ def linear_cross_entropy_op(
     )
 
 
-@linear_cross_entropy_op.register_fake
+@register_fake(linear_cross_entropy_op)
 def _(
     hidden: Tensor,
     weight: Tensor,

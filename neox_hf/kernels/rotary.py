@@ -12,17 +12,19 @@ Source: Su et al., 2021, arXiv 2104.09864; the halves, rather than adjacent pair
 weights').
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import heads, whole
+from neox_hf.kernels.registration import register, register_fake
 
 KEEPS_ROTATION = "keeps_rotation"
 """A policy of selective checkpointing that keeps `neox_hf::rotary_in_place` says so by this attribute."""
@@ -151,11 +153,12 @@ def _assemble_kernel(
     tl.store(out + 2 * SIZE, v, mask=inside)
 
 
+@functools.cache
 def _tile(width: int, rows: int) -> tuple[int, int, int]:
     """Tokens, rows of a token and columns in one program of four warps: about 2048 elements of each tensor it reads,
     two 16-byte loads a thread in bf16; whole rows, all rows of a token if they fit, then further tokens."""
-    columns = triton.next_power_of_2(width)
-    in_token = min(triton.next_power_of_2(rows), max(2048 // columns, 1))
+    columns = 1 << (width - 1).bit_length()
+    in_token = min(1 << (rows - 1).bit_length(), max(2048 // columns, 1))
     return max(2048 // (columns * in_token), 1), in_token, columns
 
 
@@ -165,10 +168,8 @@ def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int]:
     return cos, sin, cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
 
 
-# Custom operators that are not taken apart (`triton_op`): a compiler has nothing to fuse into them, and what it traces
-# is then the same where Triton's interpreter runs the kernels. It still rotates in place, where it can prove that
-# nobody reads the buffer afterwards.
-@torch.library.custom_op("neox_hf::rotary_in_place", mutates_args={"qkv"})
+# A compiler, too, has it rotate in place, where it can prove that nobody reads the buffer afterwards.
+@register("rotary_in_place", mutates=("qkv",))
 def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     """Turn query and key inside the contiguous qkv [B, S, N, 3, D]; `back` is by the negative angles."""
     batch, sequence, count, _, size = qkv.shape
@@ -177,7 +178,7 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     cos, sin, angles_of_batch = _angles(cos, sin)
     half, rows = cos.shape[-1], 2 * count
     block_tokens, block_rows, block_half = _tile(half, rows)
-    grid = (triton.cdiv(batch * sequence, block_tokens), triton.cdiv(rows, block_rows))
+    grid = (-(-batch * sequence // block_tokens), -(-rows // block_rows))
     _in_place_kernel[grid](
         qkv,
         cos,
@@ -196,12 +197,12 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     )
 
 
-@rotary_in_place.register_fake
+@register_fake(rotary_in_place)
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     return None
 
 
-@torch.library.custom_op("neox_hf::rotary_assemble", mutates_args=())
+@register("rotary_assemble")
 def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """Turn query and key [B, N, S, D] and lay them with value into a new [B, S, N, 3, D]; each byte is moved once."""
     batch, count, sequence, size = query.shape
@@ -212,7 +213,7 @@ def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     cos, sin, angles_of_batch = _angles(cos, sin)
     block_tokens, block_heads, block_size = _tile(size, count)
-    grid = (triton.cdiv(batch * sequence, block_tokens), triton.cdiv(count, block_heads))
+    grid = (-(-batch * sequence // block_tokens), -(-count // block_heads))
     _assemble_kernel[grid](
         query,
         key,
@@ -238,7 +239,7 @@ def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
     return out
 
 
-@rotary_assemble.register_fake
+@register_fake(rotary_assemble)
 def _(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     batch, count, sequence, size = query.shape
     return query.new_empty(batch, sequence, count, 3, size)
@@ -271,9 +272,10 @@ class _Rotary(torch.autograd.Function):
         if buffer is not None:
             rotary_in_place(buffer, cos, sin, True)
             return buffer, None, None, None
-        # What is not given is one row of zeros, read again and again.
-        nothing = given.new_zeros(given.shape[-1]).expand_as(given)
-        gradients = [nothing if gradient is None else gradient for gradient in gradients]
+        if any(gradient is None for gradient in gradients):
+            # What is not given is one row of zeros, read again and again.
+            nothing = given.new_zeros(given.shape[-1]).expand_as(given)
+            gradients = [nothing if gradient is None else gradient for gradient in gradients]
         return rotary_assemble(*gradients, cos, sin, True), None, None, None
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from neox_hf.kernels.gradient_dtype import gradient_dtype
+from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.row_norm_ops import row_norm_backward, row_norm_forward
 
 
@@ -35,7 +35,8 @@ class _RowNorm(torch.autograd.Function):
         ctx.save_for_backward(x if first is None else outputs[0], *affines)
         ctx.set_materialize_grads(False)
         ctx.settings = eps, kind, measured
-        ctx.dtypes = tuple(None if each is None else gradient_dtype(each) for each in affines)
+        needed = ctx.needs_input_grad[3:7]
+        ctx.dtypes = [gradient_dtype(each) if wanted else None for each, wanted in zip(affines, needed, strict=True)]
         ctx.streams = passes_on or first is not None
         return (x.view_as(x), *outputs) if passes_on else tuple(outputs)
 
@@ -43,33 +44,38 @@ class _RowNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         residual, dys = (upstream[0], upstream[1:]) if ctx.streams else (None, upstream)
-        branches = ctx.needs_input_grad[1:3]
-        wants_x, wants_parameters = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:7])
+        needed = ctx.needs_input_grad
         if all(dy is None for dy in dys):
-            return (*_for_branches(residual, branches), *[None] * 8)
+            return *_for_branches(residual, needed), *[None] * 8
         x, *affines = ctx.saved_tensors
-        dys = [torch.zeros_like(x) if dy is None else dy for dy in dys]
-        dtypes = {each for each in ctx.dtypes if each is not None}
-        common = (dtypes.pop() if len(dtypes) == 1 else torch.float32) if wants_parameters else None
-        pair = dys if len(dys) == 2 else (*dys, None)
-        outputs = row_norm_backward(x, residual, *pair, *affines, *ctx.settings, wants_x, common, False)
-        dx = outputs[0] if wants_x else None
-        parameters = _unstack(outputs[-1], affines, ctx.dtypes) if wants_parameters else [None] * 4
-        return (*_for_branches(dx, branches), *parameters, None, None, None, None)
+        dy1, dy2 = [torch.zeros_like(x) if dy is None else dy for dy in dys] if len(dys) == 2 else (*dys, None)
+        wants_x, dtype = any(needed[:3]), _common(ctx.dtypes) if any(needed[3:7]) else None
+        outputs = row_norm_backward(x, residual, dy1, dy2, *affines, *ctx.settings, wants_x, dtype, False)
+        parameters = [None] * 4 if dtype is None else _unstack(outputs[-1], affines, ctx.dtypes)
+        return *_for_branches(outputs[0] if wants_x else None, needed), *parameters, None, None, None, None
 
 
-def _for_branches(gradient: Tensor | None, branches: tuple[bool, bool]) -> list[Tensor | None]:
+def _for_branches(gradient: Tensor | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of x and of what was added to it: one tensor for all."""
-    return [gradient, *(gradient if wanted else None for wanted in branches)]
+    return gradient, gradient if needed[1] else None, gradient if needed[2] else None
 
 
-def _unstack(
-    stacked: Tensor, affines: list[Tensor | None], dtypes: tuple[torch.dtype | None, ...]
-) -> list[Tensor | None]:
-    """[parameters, H] -> the gradient of each parameter there is."""
+def _common(dtypes: list[torch.dtype | None]) -> torch.dtype:
+    """What all gradients of parameters are summed up in: their dtype, or fp32 where they have several."""
+    found = {*dtypes} - {None}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _unstack(stacked: Tensor, affines: list[Tensor | None], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+    """[parameters, H] -> the gradient of each parameter that wants one; there is a row for each parameter."""
     rows = iter(stacked.unbind(0))
-    pairs = zip(affines, dtypes, strict=True)
-    return [None if each is None else next(rows).view(each.shape).to(dtype) for each, dtype in pairs]
+    gradients = [None if each is None else next(rows) for each in affines]
+    for place, (gradient, dtype) in enumerate(zip(gradients, dtypes, strict=True)):
+        if dtype is None:
+            gradients[place] = None
+        elif gradient.dtype != dtype or gradient.shape != affines[place].shape:
+            gradients[place] = gradient.view(affines[place].shape).to(dtype)
+    return gradients
 
 
 def row_norm(

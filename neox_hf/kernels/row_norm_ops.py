@@ -1,16 +1,18 @@
 """The row-norm kernels as ops of torch: how they are launched, and their registration.
 
 What is computed: `row_norm_kernels`. x, first, second and all results but gradients of parameters are [..., H]; weights
-and biases [H], a scale norm's weight one number.
+and biases [H], a scale norm's weight one number. What depends on shapes alone is worked out once for each.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neox_hf.kernels.column_sums import finish_column_sums, multiprocessors
-from neox_hf.kernels.language import triton
+from neox_hf.kernels.column_sums import finish_column_sums
+from neox_hf.kernels.devices import multiprocessors
+from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.row_norm_kernels import backward_rows, forward_rows, parameter_columns
 
 TILE_ELEMENTS = 2048
@@ -40,18 +42,23 @@ class Tile:
     block: int
 
     @classmethod
+    @functools.cache
     def of(cls, width: int) -> "Tile":
-        block = triton.next_power_of_2(width)
+        block = 1 << (width - 1).bit_length()
         return cls(max(TILE_ELEMENTS // block, 1), block)
 
     @property
     def elements(self) -> int:
         return self.rows * self.block
 
-    @property
+    @functools.cached_property
     def warps(self) -> int:
         """16 elements a thread, as far as 16 warps go; 32 warps where a row is wider than 16384."""
         return 32 if self.elements > 16384 else min(self.elements // 512, 16)
+
+    def covering(self, rows: int) -> int:
+        """How many tiles there are in `rows`."""
+        return -(-rows // self.rows)
 
 
 @dataclass(frozen=True)
@@ -66,105 +73,21 @@ class BackwardPlan:
     in_registers: bool
 
     @classmethod
+    @functools.lru_cache(1024)
     def of(
-        cls, tile: Tile, rows: int, parameters: int, kind: str, element_bytes: int, processors: int
+        cls, width: int, rows: int, parameters: int, kind: str, element_bytes: int, processors: int
     ) -> "BackwardPlan":
         """parameters: those that want a gradient. element_bytes: of all that is read for one element of x.
         processors: multiprocessors of the device."""
+        tile = Tile.of(width)
         resident = max((WARPS_WITH_FOUR_SUMS if parameters > 2 else WARPS_WITH_TWO_SUMS) // tile.warps, 1)
         stages = max(min(PIPELINE_BYTES // resident // (tile.elements * element_bytes), 3), 1)
         fits = parameters * tile.elements * 4 <= SUMS_BYTES and tile.elements <= WIDEST_WITH_SUMS
-        programs = min(triton.cdiv(rows, tile.rows), processors * resident)
+        programs = min(tile.covering(rows), processors * resident)
         return cls(programs, stages, fits or kind == "scale")
 
 
-@dataclass(frozen=True)
-class BackwardLaunch:
-    """`backward_rows` on contiguous tensors. reads: x, residual, dy1, dy2. affines: weight1, bias1, weight2, bias2."""
-
-    reads: list[Tensor | None]
-    affines: list[Tensor | None]
-    eps: float
-    kind: str
-    measured: int
-
-    @property
-    def rows(self) -> int:
-        return self.reads[0].numel() // self.width
-
-    @property
-    def width(self) -> int:
-        return self.reads[0].shape[-1]
-
-    @property
-    def parameters(self) -> int:
-        return sum(each is not None for each in self.affines)
-
-    @property
-    def biased(self) -> dict[str, bool]:
-        return {"BIASED1": self.affines[1] is not None, "BIASED2": self.affines[3] is not None}
-
-    def plan(self, wants_parameters: bool) -> BackwardPlan:
-        element_bytes = sum(each.element_size() for each in self.reads if each is not None)
-        parameters = self.parameters if wants_parameters else 0
-        processors = multiprocessors(self.reads[0].device)
-        return BackwardPlan.of(Tile.of(self.width), self.rows, parameters, self.kind, element_bytes, processors)
-
-    def run(self, writes: tuple[Tensor | None, ...], wants_parameters: bool) -> Tensor | None:
-        """Fills writes (dx, y1, y2, each where there is one) and returns partial gradients of the parameters
-        [programs, parameters * H], if they are wanted."""
-        plan, x = self.plan(wants_parameters), self.reads[0]
-        sums = moments = None
-        if wants_parameters and plan.in_registers:
-            sums = x.new_empty((plan.programs, self.parameters * self.affines[0].numel()), dtype=torch.float32)
-        elif wants_parameters:
-            moments = x.new_empty((2, self.rows), dtype=torch.float32)
-        tile = Tile.of(self.width)
-        backward_rows[(plan.programs,)](
-            *self.reads,
-            *self.affines,
-            *writes,
-            sums,
-            moments,
-            self.rows,
-            self.eps,
-            **self.biased,
-            KIND=self.kind,
-            WIDTH=self.width,
-            MEASURED=self.measured,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            STAGES=plan.stages,
-            num_warps=tile.warps,
-        )
-        return self.sum_columns(moments) if moments is not None else sums
-
-    def sum_columns(self, moments: Tensor) -> Tensor:
-        """Partial gradients [programs, parameters * H] by a second look at x and the gradients."""
-        x, _, dy1, dy2 = self.reads
-        columns, rows_at_once = triton.cdiv(self.width, COLUMNS_AT_ONCE), TILE_ELEMENTS // COLUMNS_AT_ONCE
-        programs = min(triton.cdiv(self.rows, rows_at_once), triton.cdiv(4 * multiprocessors(x.device), columns))
-        sums = x.new_empty((programs, self.parameters * self.width), dtype=torch.float32)
-        parameter_columns[(programs, columns)](
-            x,
-            dy1,
-            dy2,
-            moments,
-            sums,
-            self.rows,
-            **self.biased,
-            WIDTH=self.width,
-            ROWS=rows_at_once,
-            COLS=COLUMNS_AT_ONCE,
-        )
-        return sums
-
-
-# Custom ops rather than triton ops: a tracer that looks inside would need kernels it can trace, and the interpreter's,
-# which tests run, are not. A compiler has nothing to fuse into them either.
-
-
-@torch.library.custom_op("neox_hf::row_norm_forward", mutates_args=())
+@register("row_norm_forward")
 def row_norm_forward(
     x: Tensor,
     first: Tensor | None,
@@ -183,29 +106,30 @@ def row_norm_forward(
     tile, rows = Tile.of(width), x.numel() // width
     if rows == 0:
         return outputs
-    total = None if first is None else outputs[0]
-    y1, y2 = outputs[-1 if weight2 is None else -2], None if weight2 is None else outputs[-1]
-    sources = [_contiguous(each) for each in (x, first, second)]
-    with torch.cuda.device_of(x):
-        forward_rows[(triton.cdiv(rows, tile.rows),)](
-            *sources,
-            total,
-            *[_contiguous(each) for each in (weight1, bias1, weight2, bias2)],
-            y1,
-            y2,
-            rows,
-            eps,
-            KIND=kind,
-            WIDTH=width,
-            MEASURED=measured,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
-        )
+    forward_rows[(tile.covering(rows),)](
+        x.contiguous(),
+        _contiguous(first),
+        _contiguous(second),
+        None if first is None else outputs[0],
+        weight1.contiguous(),
+        _contiguous(bias1),
+        _contiguous(weight2),
+        _contiguous(bias2),
+        outputs[-1 if weight2 is None else -2],
+        None if weight2 is None else outputs[-1],
+        rows,
+        eps,
+        KIND=kind,
+        WIDTH=width,
+        MEASURED=measured,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.warps,
+    )
     return outputs
 
 
-@row_norm_forward.register_fake
+@register_fake(row_norm_forward)
 def _(x, first, second, weight1, bias1, weight2, bias2, eps, kind, measured):  # type: ignore[no-untyped-def]
     return _forward_outputs(x, first, second, weight2)
 
@@ -213,12 +137,14 @@ def _(x, first, second, weight1, bias1, weight2, bias2, eps, kind, measured):  #
 def _forward_outputs(x: Tensor, first: Tensor | None, second: Tensor | None, weight2: Tensor | None) -> list[Tensor]:
     dtype = x.dtype
     for branch in (first, second):
-        dtype = dtype if branch is None else torch.promote_types(dtype, branch.dtype)
+        if branch is not None and branch.dtype != dtype:
+            dtype = torch.promote_types(dtype, branch.dtype)
     count = 1 + (first is not None) + (weight2 is not None)
-    return [x.new_empty(x.shape, dtype=dtype) for _ in range(count)]
+    like = torch.contiguous_format
+    return [torch.empty_like(x, dtype=dtype, memory_format=like) for _ in range(count)]
 
 
-@torch.library.custom_op("neox_hf::row_norm_backward", mutates_args=())
+@register("row_norm_backward")
 def row_norm_backward(
     x: Tensor,
     residual: Tensor | None,
@@ -241,21 +167,21 @@ def row_norm_backward(
     the arguments ([1, 1] for scale), or None to do without them.
     """
     affines = weight1, bias1, weight2, bias2
-    rows_out = _backward_rows_outputs(x, weight2, wants_x, recompute)
-    found = [each for each in rows_out if each is not None]
-    shape = _parameters_shape(affines)
-    if parameters_dtype is None and not found:
-        return []
+    writes = _backward_rows_outputs(x, weight2, wants_x, recompute)
+    found = [each for each in writes if each is not None]
+    wants_parameters = parameters_dtype is not None
     if x.numel() == 0:
-        return found if parameters_dtype is None else [*found, x.new_zeros(shape, dtype=parameters_dtype)]
-    reads = [_contiguous(each) for each in (x, residual if wants_x else None, dy1, dy2)]
-    launch = BackwardLaunch(reads, [_contiguous(each) for each in affines], eps, kind, measured)
-    with torch.cuda.device_of(x):
-        sums = launch.run(rows_out, wants_parameters=parameters_dtype is not None)
-        return found if sums is None else [*found, finish_column_sums(sums, parameters_dtype).view(shape)]
+        return [*found, x.new_zeros(_parameters_shape(affines), dtype=parameters_dtype)] if wants_parameters else found
+    if found or wants_parameters:
+        affines = [_contiguous(each) for each in affines]
+        reads = [x.contiguous(), _contiguous(residual) if wants_x else None, dy1.contiguous(), _contiguous(dy2)]
+        sums = _launch_backward(reads, affines, writes, eps, kind, measured, wants_parameters)
+        if sums is not None:
+            found.append(finish_column_sums(sums, parameters_dtype, _parameters_shape(affines)))
+    return found
 
 
-@row_norm_backward.register_fake
+@register_fake(row_norm_backward)
 def _(  # type: ignore[no-untyped-def]
     x, residual, dy1, dy2, weight1, bias1, weight2, bias2, eps, kind, measured, wants_x, parameters_dtype, recompute
 ):
@@ -270,11 +196,81 @@ def _backward_rows_outputs(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, y1 and y2; None where not wanted."""
     wanted = wants_x, recompute, recompute and weight2 is not None
-    return tuple(x.new_empty(x.shape) if each else None for each in wanted)
+    like = torch.contiguous_format
+    return tuple([torch.empty_like(x, memory_format=like) if each else None for each in wanted])
 
 
 def _parameters_shape(affines: tuple[Tensor | None, ...]) -> tuple[int, int]:
-    return sum(each is not None for each in affines), affines[0].numel()
+    return sum([each is not None for each in affines]), affines[0].numel()
+
+
+def _launch_backward(
+    reads: list[Tensor | None],
+    affines: list[Tensor | None],
+    writes: tuple[Tensor | None, ...],
+    eps: float,
+    kind: str,
+    measured: int,
+    wants_parameters: bool,
+) -> Tensor | None:
+    """Fills writes (dx, y1, y2, each where there is one) and returns partial gradients of the parameters
+    [programs, parameters * H], if they are wanted.
+
+    All contiguous. reads: x, residual, dy1, dy2. affines: weight1, bias1, weight2, bias2.
+    """
+    x = reads[0]
+    width, (parameters, numbers) = x.shape[-1], _parameters_shape(affines)
+    rows, tile = x.numel() // width, Tile.of(width)
+    element_bytes = sum([each.itemsize for each in reads if each is not None])
+    processors = multiprocessors(x.device)
+    plan = BackwardPlan.of(width, rows, parameters if wants_parameters else 0, kind, element_bytes, processors)
+    sums = moments = None
+    if wants_parameters and plan.in_registers:
+        sums = x.new_empty((plan.programs, parameters * numbers), dtype=torch.float32)
+    elif wants_parameters:
+        moments = x.new_empty((2, rows), dtype=torch.float32)
+    backward_rows[(plan.programs,)](
+        *reads,
+        *affines,
+        *writes,
+        sums,
+        moments,
+        rows,
+        eps,
+        BIASED1=affines[1] is not None,
+        BIASED2=affines[3] is not None,
+        KIND=kind,
+        WIDTH=width,
+        MEASURED=measured,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        STAGES=plan.stages,
+        num_warps=tile.warps,
+    )
+    return sums if moments is None else _sum_columns(reads, affines, moments)
+
+
+def _sum_columns(reads: list[Tensor | None], affines: list[Tensor | None], moments: Tensor) -> Tensor:
+    """Partial gradients [programs, parameters * H] by a second look at x and the gradients."""
+    x, _, dy1, dy2 = reads
+    width, rows = x.shape[-1], moments.shape[1]
+    columns, rows_at_once = -(-width // COLUMNS_AT_ONCE), TILE_ELEMENTS // COLUMNS_AT_ONCE
+    programs = min(-(-rows // rows_at_once), -(-4 * multiprocessors(x.device) // columns))
+    sums = x.new_empty((programs, _parameters_shape(affines)[0] * width), dtype=torch.float32)
+    parameter_columns[(programs, columns)](
+        x,
+        dy1,
+        dy2,
+        moments,
+        sums,
+        rows,
+        BIASED1=affines[1] is not None,
+        BIASED2=affines[3] is not None,
+        WIDTH=width,
+        ROWS=rows_at_once,
+        COLS=COLUMNS_AT_ONCE,
+    )
+    return sums
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -14,12 +14,14 @@ are six: for logits z, M = max z log2(e) and the sum of 2^(z log2(e) - M), whose
 difference. M is where the powers are counted from, so that its own rounding cancels.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from neox_hf.kernels.devices import multiprocessors, on_device_of
 from neox_hf.kernels.language import tl, triton
 
 LOWEST = tl.constexpr(-3.0e38)
@@ -49,6 +51,7 @@ class Launch:
         return self.groups * self.vector
 
 
+@functools.cache
 def launch_for(columns: int, element_size: int) -> Launch:
     """16 bytes a thread and load, two loads at a time, as many rows at once as the first-level cache keeps.
 
@@ -57,7 +60,7 @@ def launch_for(columns: int, element_size: int) -> Launch:
     vector = 16 // element_size
     cached = max(L1_BYTES // max(columns * element_size, 1), 1)
     most = 2048 if cached == 1 else 1024  # a row alone has all 1024 threads
-    groups = min(triton.next_power_of_2(max(triton.cdiv(columns, vector), 1)), most)
+    groups = min(1 << (max(-(-columns // vector), 1) - 1).bit_length(), most)
     warps = max(groups // 64, 1)
     return Launch(groups, vector, warps, min(cached, MOST_WARPS // warps))
 
@@ -280,8 +283,8 @@ def losses_and_gradient_(
     if rows == 0:
         return
     launch = launch or launch_for(columns, logits.element_size())
-    with torch.cuda.device_of(logits):
-        _fused_kernel[(min(rows, _processors(logits) * launch.programs),)](
+    with on_device_of(logits):
+        _fused_kernel[(min(rows, multiprocessors(logits.device) * launch.programs),)](
             logits,
             labels,
             losses,
@@ -314,7 +317,7 @@ def row_statistics(
     maxima, sums, losses = (logits.new_empty(shape, dtype=torch.float32) for shape in ((rows, 1), (rows, 3), (rows,)))
     if rows:
         launch = launch_for(columns, logits.element_size())
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             _statistics_kernel[(rows,)](
                 logits,
                 labels,
@@ -363,8 +366,8 @@ def rows_gradient(
         return
     launch = launch_for(columns, logits.element_size())
     groups = min(launch.groups, 512)  # a program has one tile: many small ones keep the memory busier
-    with torch.cuda.device_of(logits):
-        _gradient_kernel[(rows * triton.cdiv(columns, groups * launch.vector),)](
+    with on_device_of(logits):
+        _gradient_kernel[(rows * -(-columns // (groups * launch.vector)),)](
             logits,
             out,
             labels,
@@ -391,8 +394,3 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     assert labels.shape == logits.shape[:1], f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}"
     assert labels.is_contiguous(), "labels are read one after the other"
     return logits.shape[0], logits.shape[1]
-
-
-def _processors(x: Tensor) -> int:
-    """Multiprocessors of the device; one for the interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -230,11 +230,11 @@ def test_tiles(width, tile, warps):
     ],
 )
 def test_backward_plans_of_an_h200(width, parameters, bytes_read, expected):
-    assert BackwardPlan.of(Tile.of(width), 16384, parameters, "layer", bytes_read, 132) == expected
+    assert BackwardPlan.of(width, 16384, parameters, "layer", bytes_read, 132) == expected
 
 
 def test_few_rows_take_few_programs():
-    assert BackwardPlan.of(Tile.of(768), 5, 2, "layer", 4, 132).programs == 3
+    assert BackwardPlan.of(768, 5, 2, "layer", 4, 132).programs == 3
 
 
 def test_shapes_that_do_not_fit_are_refused():
