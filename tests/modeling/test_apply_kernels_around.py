@@ -1,4 +1,4 @@
-"""What is attached to a stock model, or trains it, works as before with our kernels: hooks, losses, adapters, trainers."""
+"""Whatever is attached to a stock model, or trains it, works with our kernels: hooks, losses, adapters, trainers."""
 
 import peft
 import pytest
