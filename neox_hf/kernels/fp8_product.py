@@ -1,0 +1,73 @@
+"""Products of eight-bit matrices, both read along the dimension that is summed over.
+
+    c_mn = inverse_a inverse_b sum over k of a_mk b_nk  (+ bias_n)
+
+Shapes: a [M, K], b [N, K], bias [N]; returns [M, N]. Summed in fp32; K and N multiples of 16.
+
+On CUDA it is cuBLASLt's product; `fast` lets it add in the accuracy of the tensor cores' own registers, 14 bits or so,
+which forward passes bear and long sums over tokens need not.
+"""
+
+import torch
+from torch import Tensor
+
+
+def fp8_product_reference(
+    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """The product in fp32 of what the bytes stand for."""
+    total = (a.float() @ b.float().t()) * (inverse_a * inverse_b)
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
+def fp8_product(
+    a: Tensor,
+    b: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None = None,
+    fast: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """a b^T in `dtype`, fp32 or bf16; at most one of a and b is e5m2. `backend="torch"` is the reference anywhere."""
+    if not _on_tensor_cores(a, backend):
+        return fp8_product_reference(a, b, inverse_a, inverse_b, dtype, bias)
+    # cuBLASLt adds a bias to half precision alone.
+    inside = bias is not None and dtype != torch.float32
+    total = torch._scaled_mm(
+        a,
+        b.t(),
+        scale_a=inverse_a,
+        scale_b=inverse_b,
+        bias=bias.to(dtype) if inside else None,
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+    return total if bias is None or inside else total + bias
+
+
+def add_fp8_product_(
+    total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
+    *,
+    keep: bool = True,
+    backend: str = "auto",
+) -> None:
+    """total [M, N] += a b^T, in the dtype of `total`. keep: whether there is something in `total` yet.
+
+    cuBLASLt's product adds to nothing in eight bits, so a sum takes a pass of its own; a first product takes none.
+    """
+    if keep or not _on_tensor_cores(a, backend):
+        made = fp8_product(a, b, inverse_a, inverse_b, total.dtype, backend=backend)
+        total.add_(made) if keep else total.copy_(made)
+    else:
+        torch._scaled_mm(a, b.t(), scale_a=inverse_a, scale_b=inverse_b, out_dtype=total.dtype, out=total)
+
+
+def _on_tensor_cores(a: Tensor, backend: str) -> bool:
+    return a.is_cuda and backend != "torch" and a.numel() > 0
