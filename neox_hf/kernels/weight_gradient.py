@@ -7,13 +7,17 @@ left: five passes over memory the size of the weights, where the product alone n
 carries, as its attribute, where a training engine wants its gradients summed this way; `linear` looks for it.
 """
 
-import functools
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 ATTRIBUTE = "gradient_sum"
+
+AddInto = Callable[[Tensor, bool], None]
+"""Adds a product to a total [out, in], of whatever dtype; told False, it writes it there instead."""
 
 
 class GradientSum(Protocol):
@@ -22,40 +26,35 @@ class GradientSum(Protocol):
     def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
         """Add gradient [T, out]^T x [T, in]."""
 
+    def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
+        """Have `add` add a product that it knows the factors of."""
+
 
 class SumInGrad:
     """Sums in `weight.grad`, of the dtype that `weight.grad_dtype` says, hooks called as autograd calls them."""
 
-    def __init__(self) -> None:
-        self._calls_hooks = not autograd_calls_hooks_without_gradient()
-
     def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        if weight.grad is None:
-            weight.grad = product(gradient, x, weight.grad_dtype or weight.dtype)
-        else:
-            add_product_(weight.grad, gradient, x)
-        for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()) if self._calls_hooks else ():
-            hook(weight)
+        self.add_by(weight, lambda total, keep: add_product_(total, gradient, x, keep=keep))
+
+    def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
+        fresh = weight.grad is None
+        if fresh:
+            weight.grad = self.place_for(weight)
+        add(weight.grad, not fresh)
+        _call_hooks(weight)
+
+    def place_for(self, weight: nn.Parameter) -> Tensor:
+        """Where the gradient comes to lie; what is there now does not count."""
+        return torch.empty_like(weight, dtype=weight.grad_dtype or weight.dtype, requires_grad=False)
 
 
-@functools.cache
-def autograd_calls_hooks_without_gradient() -> bool:
-    """Whether this torch runs a leaf's post-accumulate hooks where a function gave it no gradient: 2.13 does."""
-    called: list[bool] = []
-    leaf = torch.zeros(1, requires_grad=True)
-    leaf.register_post_accumulate_grad_hook(lambda _: called.append(True))
-    _GiveNothing.apply(leaf, torch.zeros(1, requires_grad=True)).backward()
-    return bool(called)
+def _call_hooks(weight: nn.Parameter) -> None:
+    for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
+        hook(weight)
 
 
-class _GiveNothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, other: Tensor) -> Tensor:
-        return other.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
+AddProduct = Callable[[Tensor, Tensor], None]
+"""Adds gradient [T, out]^T x [T, in] to the gradient of one weight."""
 
 
 def sum_of(weight: Tensor) -> GradientSum | None:
@@ -63,16 +62,20 @@ def sum_of(weight: Tensor) -> GradientSum | None:
     return None if weight._backward_hooks else getattr(weight, ATTRIBUTE, None)
 
 
+def adder_of(weight: Tensor) -> AddProduct | None:
+    """What a linear's backward pass gives its products to, where it is to keep them from autograd; else None.
+
+    Such a weight takes part in the linear detached: autograd would call its hooks for a gradient that is not there.
+    """
+    total = sum_of(weight)
+    if total is None or not weight.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return partial(total.add_product, weight)
+
+
 def sum_in(weight: nn.Parameter, total: GradientSum) -> None:
     """Have the gradients of `weight` summed by `total` from now on, wherever it is a linear's."""
     setattr(weight, ATTRIBUTE, total)
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a^T b [V, H] in `dtype`, at least as wide as theirs, for a [C, V] and b [C, H]."""
-    total = torch.empty(a.shape[1], b.shape[1], dtype=dtype, device=a.device)
-    add_product_(total, a, b, keep=False)
-    return total
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True) -> None:

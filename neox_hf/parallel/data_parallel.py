@@ -1,8 +1,9 @@
 """Data parallelism that accumulates and reduces gradients in fp32, whatever the dtype of the weights.
 
 torch's DistributedDataParallel reduces gradients in the dtype of the parameter, so bf16 weights would be averaged in
-bf16. Here each parameter's `.grad` is an fp32 view into a flat bucket; a bucket is all-reduced as soon as the backward
-pass has filled it, while the rest of the backward pass still runs.
+bf16. Here each parameter's `.grad` comes to lie in an fp32 view into a flat bucket; a bucket is all-reduced as soon as
+the backward pass has filled it, while the rest of the backward pass still runs. Nothing is cleared between steps: what
+comes first overwrites.
 """
 
 from collections.abc import Iterator
@@ -35,6 +36,17 @@ def accumulate_gradients_in_fp32(module: nn.Module) -> None:
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.grad_dtype = torch.float32
             sum_in(parameter, SumInGrad())
+
+
+class _SumInView(SumInGrad):
+    """Sums in a bucket; the first product overwrites what the step before has left there."""
+
+    def __init__(self, view: Tensor) -> None:
+        super().__init__()
+        self._view = view
+
+    def place_for(self, weight: nn.Parameter) -> Tensor:
+        return self._view
 
 
 class DataParallel(nn.Module):
@@ -73,10 +85,9 @@ class DataParallel(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for bucket in self._buckets:
-            bucket.flat.zero_()
             bucket.missing = len(bucket.views)
-            for parameter, view in bucket.views:
-                parameter.grad = view
+            for parameter, _ in bucket.views:
+                parameter.grad = None
 
     def _broadcast_replica(self) -> None:
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
@@ -98,11 +109,14 @@ class DataParallel(nn.Module):
 
     def _register_hooks(self) -> None:
         for bucket in self._buckets:
-            for parameter, _ in bucket.views:
-                parameter.register_post_accumulate_grad_hook(self._hook_for(bucket))
+            for parameter, view in bucket.views:
+                sum_in(parameter, _SumInView(view))
+                parameter.register_post_accumulate_grad_hook(self._hook_for(bucket, view))
 
-    def _hook_for(self, bucket: _Bucket):
-        def on_gradient(_: nn.Parameter) -> None:
+    def _hook_for(self, bucket: _Bucket, view: Tensor):
+        def on_gradient(parameter: nn.Parameter) -> None:
+            if parameter.grad is not view:  # the first one, which autograd has put where it liked
+                parameter.grad = view.copy_(parameter.grad)
             if not self._synchronise:
                 return
             if all(other.missing == len(other.views) for other in self._buckets):
@@ -114,6 +128,9 @@ class DataParallel(nn.Module):
         return on_gradient
 
     def _reduce(self, bucket: _Bucket) -> None:
+        for parameter, view in bucket.views:
+            if parameter.grad is None:
+                parameter.grad = view.zero_()
         bucket.flat.div_(dist.get_world_size(self.group))
         bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
 

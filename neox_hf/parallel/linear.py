@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_hf.kernels.linear import linear
+from neox_hf.kernels.weight_gradient import adder_of
 from neox_hf.parallel.overlap import PostponedGradients, enter_ahead_of, gathered_linear, postponing_linear
 from neox_hf.parallel.shards import Shard, Sharded
 from neox_hf.parallel.tensor_region import TensorRegion
@@ -116,7 +117,10 @@ def enter(x: Tensor, region: TensorRegion, *branches: nn.Module) -> Tensor:
 def _enter_and_postpone(branches: tuple[nn.Module, ...], region: TensorRegion, x: Tensor) -> Tensor:
     modules = [module for branch in branches for module in branch.modules()]
     columns = [m for m in modules if isinstance(m, ColumnParallelLinear) and m.weight.requires_grad]
-    postponed = [PostponedGradients(column.weight) for column in columns]
+    adders = [adder_of(column.weight) if x.requires_grad else None for column in columns]
+    postponed = [PostponedGradients(add) for add in adders]
     for column, gradients in zip(columns, postponed, strict=True):
         column.postpone(gradients)
-    return enter_ahead_of(region, x, postponed, [(column.weight, column.bias) for column in columns])
+    pairs = zip(columns, adders, strict=True)
+    parameters = [(None if add else column.weight, column.bias) for column, add in pairs]
+    return enter_ahead_of(region, x, postponed, parameters)

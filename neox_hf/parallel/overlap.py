@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from neox_hf.kernels.autocast import autocast_dtype
 from neox_hf.kernels.late_tensor import LateTensor, late_form
-from neox_hf.kernels.weight_gradient import sum_of
+from neox_hf.kernels.weight_gradient import AddProduct, adder_of
 from neox_hf.parallel.messages import (
     Message,
     start_all_reduce,
@@ -32,9 +32,14 @@ class PostponedGradients:
     Lives for one forward pass and its backward pass. The linear gives what they are computed from.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+    def __init__(self, add: AddProduct | None) -> None:
+        self._add = add
         self._operands: tuple[Tensor, Tensor, bool] | None = None
+
+    @property
+    def adds(self) -> bool:
+        """Whether the weight's gradient is added somewhere, and no one waits to be given it."""
+        return self._add is not None
 
     def give(self, gradient: Tensor, x: Tensor, biased: bool) -> None:
         self._operands = (gradient, x, biased)
@@ -45,23 +50,20 @@ class PostponedGradients:
         if operands is None:
             return None, None
         gradient, x, biased = operands
-        return weight_gradients(self._weight, gradient, x, (wanted[0], wanted[1] and biased))
+        return weight_gradients(self._add, gradient, x, (wanted[0], wanted[1] and biased))
 
 
 def weight_gradients(
-    weight: Tensor, gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]
+    add: AddProduct | None, gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of weight [out, in] and bias [out], from the output's gradient [..., out] and x [..., in].
 
-    None for a weight that has its gradients summed elsewhere, where this one is added.
+    add: where the weight's goes instead.
     """
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
-    for_weight, total = None, sum_of(weight)
-    if wanted[0] and total is not None:
-        total.add_product(weight, gradient, x)
-    elif wanted[0]:
-        for_weight = gradient.t() @ x
-    return for_weight, gradient.sum(0) if wanted[1] else None
+    if add is not None:
+        add(gradient, x)
+    return gradient.t() @ x if wanted[0] else None, gradient.sum(0) if wanted[1] else None
 
 
 class _EnterAheadOf(torch.autograd.Function):
@@ -117,31 +119,36 @@ class _GatheredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, region: TensorRegion, late: LateTensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        region: TensorRegion,
+        add: AddProduct | None,
+        late: LateTensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
-        ctx.region, ctx.late = region, late
+        ctx.region, ctx.add, ctx.late = region, add, late
         ctx.save_for_backward(weight, None if late else x)
         return F.linear(start_gather_sequence(x, region).wait(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, wants_x, *wanted = ctx.needs_input_grad
-        (weight, x), region = ctx.saved_tensors, ctx.region
+        *_, wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        (weight, x), region, add = ctx.saved_tensors, ctx.region, ctx.add
         if ctx.late is not None:
             reducing = start_reduce_scatter_sequence(gradient @ weight, region)
-            for_bias = gradient.flatten(0, -2).sum(0) if wanted[1] else None
-            ctx.late.when_there(lambda again: _add_gathered(weight, gradient, start_gather_sequence(again, region)))
-            return None, None, reducing.wait(), None, for_bias
-        gathering = start_gather_sequence(x, region) if wanted[0] else None
+            ctx.late.when_there(lambda again: _add_gathered(add, gradient, start_gather_sequence(again, region)))
+            for_bias = gradient.flatten(0, -2).sum(0) if wants_bias else None
+            return None, None, None, reducing.wait(), None, for_bias
+        gathering = start_gather_sequence(x, region) if add or wants_weight else None
         reducing = start_reduce_scatter_sequence(gradient @ weight, region) if wants_x else None
         whole = gathering.wait() if gathering else x
-        gradients = weight_gradients(weight, gradient, whole, wanted)
-        return None, None, reducing and reducing.wait(), *gradients
+        gradients = weight_gradients(add, gradient, whole, (wants_weight, wants_bias))
+        return None, None, None, reducing and reducing.wait(), *gradients
 
 
-def _add_gathered(weight: Tensor, gradient: Tensor, gathering: Message) -> None:
-    """Add the gradient of a weight that has its gradients summed, from a scattered input that arrives."""
-    weight_gradients(weight, gradient, gathering.wait(), (True, False))
+def _add_gathered(add: AddProduct, gradient: Tensor, gathering: Message) -> None:
+    weight_gradients(add, gradient, gathering.wait(), (False, False))
 
 
 # A compiler splits its graph in front of the functions below: messages are none of its business.
@@ -152,9 +159,10 @@ def enter_ahead_of(
     region: TensorRegion,
     x: Tensor,
     postponed: list[PostponedGradients],
-    parameters: list[tuple[Tensor, Tensor | None]],
+    parameters: list[tuple[Tensor | None, Tensor | None]],
 ) -> Tensor:
-    """x, behind which linears postpone the gradients of their `parameters`, (weight, bias) each."""
+    """x, behind which linears postpone the gradients of their `parameters`, (weight, bias) each; None for a weight
+    whose gradients are summed elsewhere."""
     return _EnterAheadOf.apply(region, postponed, x, *(tensor for pair in parameters for tensor in pair))
 
 
@@ -162,15 +170,16 @@ def enter_ahead_of(
 def postponing_linear(postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from."""
     bias = None if bias is None else bias.detach()
-    late = late_form(x) if x.requires_grad else None
+    late = late_form(x) if postponed.adds else None
     return _PostponingLinear.apply(postponed, late, *_in_autocast_dtype(x, weight.detach(), bias))
 
 
 @torch.compiler.disable
 def gathered_linear(region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of scattered x [B, S / size, in] for the whole sequence. The gradient of x is whole, and scattered."""
-    late = late_form(x) if sum_of(weight) is not None else None
-    return _GatheredLinear.apply(region, late, *_in_autocast_dtype(x, weight, bias))
+    add = adder_of(weight) if x.requires_grad else None
+    late, weight = (None, weight) if add is None else (late_form(x), weight.detach())
+    return _GatheredLinear.apply(region, add, late, *_in_autocast_dtype(x, weight, bias))
 
 
 def _in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
