@@ -80,10 +80,12 @@ def adamw_reference(
     zero_gradients: bool,
     tables: TensorTables,
 ) -> None:
-    """torch's own fused AdamW, on fp32 copies of what has less precision."""
+    """torch's own fused AdamW, on copies of what has less precision than fp32 or lies in memory otherwise than its
+    weight: torch reads all four of a parameter in the order of their memory, or refuses to."""
     narrow = [tensors.weights if tensors.masters is None else tensors.masters, tensors.exp_avgs, tensors.exp_avg_sqs]
-    wide = [[_at_least_fp32(x) for x in column] for column in narrow]
-    gradients = [g.to(w.dtype) for g, w in zip(tensors.gradients, wide[0], strict=True)]
+    weights = [_at_least_fp32(w) for w in narrow[0]]
+    wide = [[_laid_out_as(w, _at_least_fp32(x)) for w, x in zip(weights, column, strict=True)] for column in narrow]
+    gradients = [_laid_out_as(w, g.to(w.dtype)) for w, g in zip(weights, tensors.gradients, strict=True)]
     if factor is not None:
         gradients = [g * factor for g in gradients]
     adamw(
@@ -117,6 +119,11 @@ def adamw_reference(
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _laid_out_as(weight: Tensor, x: Tensor) -> Tensor:
+    """x, or a copy of it with the strides of `weight`."""
+    return x if x.stride() == weight.stride() else torch.empty_like(weight, dtype=x.dtype).copy_(x)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ import torch
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What a matrix product on `device` would round its operands to here; None where it would not."""
-    # Not every device has it: asking about meta, which lays models out without memory, is an error.
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # Asking about meta, which lays models out without memory, is an error. Nor may one ask whether a device has it at
+    # all: torch 2.11 does not trace that.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

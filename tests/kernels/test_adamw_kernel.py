@@ -159,6 +159,18 @@ def test_gradients_are_zeroed_in_either_case(skip, backend, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "pure_bf16"])
+def test_torch_may_be_given_tensors_that_lie_in_memory_otherwise_than_the_weight(kind, device):
+    tensors = tensors_of(KINDS[kind], device)
+    plain = copied(tensors)
+    for column in (tensors.gradients, tensors.exp_avgs):
+        column[0] = column[0].T.contiguous().T
+    adamw_(tensors, RATES, backend="torch")
+    adamw_(plain, RATES, backend="torch")
+    assert same_bits(tensors, plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("home", ["cpu", "device"])
 def test_a_rate_may_be_a_tensor(home, backend, device):

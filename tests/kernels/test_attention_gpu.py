@@ -3,43 +3,18 @@
 import pytest
 import torch
 
-from neox_hf.kernels import attention_backend, causal_attention, rotary
+from neox_hf.kernels import causal_attention, rotary
 from neox_hf.kernels.qkv_gradient import heads
+from tests.kernels.attention_cases import check
 
 pytestmark = pytest.mark.gpu
-
-
-def written_out(query, key, value, scale):
-    scores = scale * query @ key.transpose(-1, -2)
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(1, 2)
-
-
-def run(function, qkv, upstream, dtype):
-    leaf = qkv.to(dtype).requires_grad_()
-    output = function(*heads(leaf), leaf.shape[-1] ** -0.5)
-    output.backward(upstream.to(dtype))
-    return output.detach().double(), leaf.grad.double()
-
-
-def ours(query, key, value, scale):
-    return causal_attention(query, key, value, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("batch", "sequence", "count"), [(2, 512, 4), (1, 333, 3), (3, 64, 2)])
 def test_follows_the_equation_in_fp64(size, dtype, batch, sequence, count):
-    qkv = torch.randn(batch, sequence, count, 3, size, device="cuda").to(dtype)
-    upstream = torch.randn(batch, sequence, count, size, device="cuda").to(dtype)
-    truth = run(written_out, qkv, upstream, torch.float64)
-    reference = run(written_out, qkv, upstream, dtype)
-    chosen = attention_backend(size, dtype, qkv.device)
-    for name, a, b, exact in zip(
-        ("output", "gradient"), run(ours, qkv, upstream, dtype), reference, truth, strict=True
-    ):
-        error, allowed = (a - exact).norm() / exact.norm(), (b - exact).norm() / exact.norm()
-        assert error <= allowed * 1.05 + 1e-6, f"{name} of {chosen}: {error:.1e}, torch written out {allowed:.1e}"
+    check("cuda", dtype, batch, sequence, count, size)
 
 
 def test_takes_views_and_gives_a_contiguous_output():

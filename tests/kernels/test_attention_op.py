@@ -12,23 +12,11 @@ from neox_hf.kernels import attention as attention_module
 from neox_hf.kernels import attention_backend, causal_attention, rotary
 from neox_hf.kernels.qkv_gradient import heads
 from neox_hf.modeling.recompute import selective_contexts
+from tests.kernels.attention_cases import check, scores_of, written_out
 
 CUDA = torch.device("cuda", 0)
 FORWARD = torch.ops.neox_hf.flash_attn_forward.default
 BACKWARD = torch.ops.neox_hf.flash_attn_backward.default
-
-
-def scores_of(query, key, scale):
-    scores = scale * query @ key.transpose(-1, -2)
-    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-
-
-def weights_of(query, key, scale):
-    return scores_of(query, key, scale).softmax(-1)
-
-
-def written_out(query, key, value, scale):
-    return (weights_of(query, key, scale) @ value).transpose(1, 2)
 
 
 class FlashAttention4:
@@ -51,7 +39,7 @@ class FlashAttention4:
         assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         self.gradients.append((dq, dk, dv))
         q, k, v, dout = (x.transpose(1, 2) for x in (q, k, v, dout))
-        weights = weights_of(q, k, softmax_scale)
+        weights = scores_of(q, k, softmax_scale).softmax(-1)
         for_weights = dout @ v.transpose(-1, -2)
         scores = softmax_scale * weights * (for_weights - (for_weights * weights).sum(-1, keepdim=True))
         found = (scores @ k, scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dout)
@@ -86,6 +74,11 @@ def test_follows_the_equation_through_sdpa(assert_follows, size):
         return causal_attention(*inputs, scale=0.3)
 
     assert_follows(ours, lambda *inputs: written_out(*inputs, 0.3), views(size=size), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_no_further_than_written_out(dtype):
+    check("cpu", dtype, batch=2, sequence=65, count=2, size=32)
 
 
 def test_follows_the_equation_through_flash_attention(assert_follows, flash):

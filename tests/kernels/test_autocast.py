@@ -14,6 +14,24 @@ def test_dtype_of_products():
         assert autocast_dtype(META) is None
 
 
+def test_a_compiler_reads_it():
+    @torch.compile(fullgraph=True, backend="eager")
+    def in_product_dtype(x):
+        return x.to(autocast_dtype(x.device) or x.dtype)
+
+    assert in_product_dtype(torch.ones(2)).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert in_product_dtype(torch.ones(2)).dtype == torch.bfloat16
+
+
+def test_a_compiler_is_asked_nothing_that_old_ones_cannot_trace(monkeypatch):
+    def untraceable(device_type):
+        raise AssertionError(f"torch 2.11 cannot trace a question about {device_type}")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    assert autocast_dtype(CPU) is None
+
+
 def test_suspension():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with without_autocast(CPU):

@@ -105,10 +105,13 @@ def test_head_and_loss(dtype, spread, tokens, hidden, vocabulary, chunk):
 def test_fp32_gradient_of_the_weight_and_a_buffer_agree(dtype):
     hidden, weight, labels = head(dtype)
     exact = with_gradients(by_torch, hidden.double(), weight.double(), labels, upstream=0.25)[2]
+    torchs = with_gradients(by_torch, hidden, weight, labels, upstream=0.25)[2]
     weight = torch.nn.Parameter(weight)
     weight.grad_dtype = torch.float32
     (linear_cross_entropy(hidden, weight, labels, chunk=64, backend="triton") / 4).backward()
-    assert (weight.grad - exact).norm() <= 4e-3 * exact.norm()
+    assert weight.grad.dtype == torch.float32
+    # Most of the error is that of logits in half precision (0.0048 of the gradient in bf16), which torch's are as well.
+    no_further(weight.grad, torchs, exact, "of weight")
     buffer, own = torch.ones_like(weight.grad), weight.grad
     weight.grad = None
     options = {"upstream": 0.25, "accumulate_into": buffer, "chunk": 64, "backend": "triton"}

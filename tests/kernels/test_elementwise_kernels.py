@@ -62,9 +62,11 @@ def test_gelu_in_half_precision_keeps_its_tail():
 def test_backward_writes_the_value_again(form):
     x, bias, dy = torch.randn(5, 40), torch.randn(40), torch.randn(5, 40)
     dx, dbias, y = bias_gelu_backward(dy, x, bias, form, torch.float32, recompute=True)
-    assert torch.equal(y, bias_gelu(x, bias, form, backend="triton"))
     plain, no_sums, nothing = bias_gelu_backward(dy, x, bias, form, None, recompute=False)
-    assert torch.equal(plain, dx)
+    # Not to the bit: which product and sum become one operation, rounded once, depends on what else a kernel computes.
+    # Terms are of order 1 and may cancel, so it is their last places that count.
+    for again, first in ((y, bias_gelu(x, bias, form, backend="triton")), (dx, plain)):
+        torch.testing.assert_close(again, first, rtol=2**-22, atol=2**-21)
     assert dbias.shape == (40,)
     assert nothing.numel() == no_sums.numel() == 0
 

@@ -32,6 +32,14 @@ def test_half_precision(name, dtype):
     check(name, inputs_of(name, (4, 520), dtype))
 
 
+def test_a_sum_is_rounded_once():
+    inputs = inputs_of("add_layer_norm", (4, 520), torch.float16)
+    exact = sum(x.double() for x in inputs[:3])
+    ours, torchs = (add_layer_norm(*inputs, EPS, backend=backend)[0] for backend in ("triton", "torch"))
+    assert torch.equal(ours, exact.to(torch.float16))
+    assert (ours - exact).norm() < 0.9 * (torchs - exact).norm()
+
+
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_weights_of_another_dtype(dtype, weight_dtype):
     inputs = inputs_of("dual_layer_norm", (5, 40), getattr(torch, dtype), weight_dtype=getattr(torch, weight_dtype))
