@@ -61,7 +61,9 @@ def implementations(case: Case, backend: str) -> dict[str, Callable[[], Callable
     return made | ({"liger": case.liger} if case.liger else {})
 
 
-def time_case(case: Case, shapes: Shapes, device: torch.device, wanted: list[str], backend: str = "auto") -> Iterator[Row]:
+def time_case(
+    case: Case, shapes: Shapes, device: torch.device, wanted: list[str], backend: str = "auto"
+) -> Iterator[Row]:
     """One row for each implementation, as soon as it is measured: ms forward, and forward and backward; and GiB that
     the second takes beyond its inputs, at most."""
     made = implementations(case, backend)

@@ -1,7 +1,5 @@
 """The training step on transformers' own GPT-NeoX: as it comes, compiled, and tuned as well as is known.
 
-A variant is a form and a precision, `tuned-amp` say.
-
     eager      SDPA, nothing else
     compile    `torch.compile` of the model as shipped
     fixed      compiled, and attention is told `is_causal`: some versions of transformers build the whole mask while
@@ -12,8 +10,8 @@ A variant is a form and a precision, `tuned-amp` say.
 same for all and for ours: batch, AdamW (fused), clipping at 1.
 """
 
-from collections.abc import Callable
-from unittest import mock
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +19,9 @@ from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
 from scripts.bench import liger
 from scripts.bench.sizes import Size
+from scripts.bench.variants import Variant
 
-FORMS = ("eager", "compile", "fixed", "tuned")
-PRECISIONS = {"amp": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = {"amp": torch.float32, "bf16": torch.bfloat16}
 INIT_STD = 0.02
 
 
@@ -31,24 +29,18 @@ class Peer:
     """One variant that can give back its memory between turns and keep what it has compiled.
 
     Raises:
-        ValueError: there is no such variant.
         NotInstalled: it needs a package that is missing.
     """
 
-    def __init__(self, size: Size, variant: str, device: torch.device) -> None:
-        form, _, precision = variant.partition("-")
-        if form not in FORMS or precision not in PRECISIONS:
-            raise ValueError(
-                f"peer {variant!r} is unknown; choose {' | '.join(FORMS)} and {' | '.join(PRECISIONS)}, as in tuned-amp"
-            )
-        self.device, self.form, self.autocast = device, form, precision == "amp"
+    def __init__(self, size: Size, variant: Variant, device: torch.device) -> None:
+        self.device, self.form, self.autocast = device, variant.form, variant.precision == "amp"
         config = size.config()
         torch.manual_seed(0)
         with device:
-            self.model = stock.GPTNeoXForCausalLM(config).to(PRECISIONS[precision]).train()
+            self.model = stock.GPTNeoXForCausalLM(config).to(WEIGHTS[variant.precision]).train()
         self.tokens = torch.randint(config.vocab_size, (size.micro_batch, size.sequence), device=device)
         self.optimizer: torch.optim.AdamW | None = None
-        self._loss = self._tuned_loss() if form == "tuned" else self._stock_loss()
+        self._loss = self._tuned_loss() if self.form == "tuned" else self._stock_loss()
         self._matrices = [p for p in self.model.parameters() if p.dim() > 1]
         self._bytes = [p.untyped_storage().nbytes() for p in self._matrices]
 
@@ -72,18 +64,14 @@ class Peer:
         return loss
 
     def step(self) -> Tensor:
-        with self._mask(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        mask = causal_without_mask() if self.form in ("fixed", "tuned") else contextlib.nullcontext()
+        with mask, torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self._loss()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
-
-    def _mask(self) -> mock._patch:
-        """Without a mask, transformers' SDPA is told `is_causal`; so it is in eager mode by itself."""
-        own = stock.create_causal_mask
-        return mock.patch.object(stock, "create_causal_mask", none if self.form in ("fixed", "tuned") else own)
 
     def take_memory(self) -> None:
         """Weights anew, of the same distribution, and an optimizer without state."""
@@ -104,5 +92,16 @@ class Peer:
             matrix.untyped_storage().resize_(0)
 
 
-def none(*_: object, **__: object) -> None:
+@contextlib.contextmanager
+def causal_without_mask() -> Iterator[None]:
+    """transformers' SDPA is told `is_causal` where there is no mask; in eager mode it comes to that by itself."""
+    own = stock.create_causal_mask
+    stock.create_causal_mask = no_mask
+    try:
+        yield
+    finally:
+        stock.create_causal_mask = own
+
+
+def no_mask(*_: object, **__: object) -> None:
     return None

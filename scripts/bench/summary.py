@@ -1,0 +1,61 @@
+"""From raw turns to the figures of a table: medians, rates, and ours over the peers of the same numeric class."""
+
+import statistics
+from typing import Any
+
+from neox_hf.modeling.accounting import flops_per_token
+from scripts.bench.floors import PRODUCTS
+from scripts.bench.sizes import Size
+
+Figures = dict[str, Any]
+
+
+def summarise(size: Size, figures: dict[str, Figures], sustained_tflops: float | None) -> dict[str, Figures]:
+    """For each variant with a turn: ms, tokens/s, TFLOP/s, MFU against what the device sustains, peak GiB, and the
+    extremes of its turns."""
+    per_token = flops_per_token(size.config(), size.sequence)
+    peak = sustained_tflops or PRODUCTS / 1e12
+    return {variant: _summary(size, found, per_token, peak) for variant, found in figures.items()}
+
+
+def _summary(size: Size, found: Figures, per_token: float, peak_tflops: float) -> Figures:
+    kept = {key: found[key] for key in ("failed", "prepare_seconds") if key in found}
+    turns = found["turns"]
+    if not turns:
+        return {"failed": "no turn within the time", **kept}
+    medians = [statistics.median(turn["step_ms"]) for turn in turns]
+    ms = statistics.median(step for turn in turns for step in turn["step_ms"])
+    rate = 1e3 * size.tokens / ms
+    return {
+        "ms": ms,
+        "tokens_s": rate,
+        "tflops": rate * per_token / 1e12,
+        "mfu": rate * per_token / 1e12 / peak_tflops,
+        "peak_gib": max(turn["peak_gib"] for turn in turns),
+        "turn_ms": [min(medians), max(medians)],
+        "steps": sum(len(turn["step_ms"]) for turn in turns),
+        "loss": turns[-1]["loss"],
+        **kept,
+    }
+
+
+def numeric_class(variant: str) -> str:
+    """`amp` where fp32 weights are kept somewhere, `bf16` where none are."""
+    if variant.startswith("ours"):
+        return "bf16" if "-pure_bf16" in variant else "amp"
+    return variant.rpartition("-")[2]
+
+
+def ratios(variant: str, variants: dict[str, Figures]) -> dict[str, float]:
+    """Tokens/s of one of ours over the peers of its class: `eager`, `compile`, and `tuned`, the best of all tuned."""
+    ours = variants[variant]
+    if not variant.startswith("ours") or "ms" not in ours:
+        return {}
+    best: dict[str, float] = {}
+    for peer, figures in variants.items():
+        if peer.startswith("ours") or "ms" not in figures or numeric_class(peer) != numeric_class(variant):
+            continue
+        form = peer.partition("-")[0]
+        form = "tuned" if form == "fixed" else form
+        best[form] = max(best.get(form, 0.0), figures["tokens_s"])
+    return {form: ours["tokens_s"] / rate for form, rate in best.items()}
