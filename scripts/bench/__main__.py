@@ -30,6 +30,7 @@ from scripts.bench.rounds import Plan, measure_size
 from scripts.bench.sizes import MEASURED, SIZES
 from scripts.bench.summary import summarise
 from scripts.bench.turns import TurnLength
+from scripts.bench.variants import parse_variant
 
 NO_DEVICE = 2
 """Exit status where there is no CUDA device."""
@@ -159,7 +160,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="of the three files; bench_DEVICE by default")
     parser.add_argument("--from", dest="sources", nargs="+", type=Path, default=[], help="JSON to add to")
     parser.set_defaults(shapes=Shapes(), checked_shapes=CHECKED_SHAPES, optimizer_size="1.4b")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in options.variants or []:
+        try:
+            parse_variant(name)
+        except ValueError as unknown:
+            parser.error(str(unknown))
+    return options
 
 
 def run(options: argparse.Namespace, device: torch.device, command: str) -> report.Document:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from scripts.bench.report import Document
 from scripts.bench.sizes import SIZES
+from scripts.bench.variants import parse_variant
 
 COLOURS = {"ours": "#1b6ca8", "torch": "#9a9a9a", "compile": "#d9a441", "liger": "#5aa469"}
 PEER = "#b9b9b9"
@@ -21,7 +22,7 @@ def draw(document: Document, path: Path) -> None:
     panels = len(sizes) + bool(ops)
     if not panels:
         return
-    heights = [1 + 0.28 * len(document["steps"][name]) for name in sizes] + [1 + 0.75 * len(ops)] * bool(ops)
+    heights = [1 + 0.28 * len(document["steps"][name]) for name in sizes] + [1 + 0.5 * len(ops)] * bool(ops)
     figure = Figure(figsize=(9, sum(heights) + 0.6 * panels), layout="constrained")
     axes = figure.subplots(panels, 1, squeeze=False, height_ratios=heights)[:, 0]
     for name, axis in zip(sizes, axes, strict=False):
@@ -34,7 +35,7 @@ def draw(document: Document, path: Path) -> None:
 def draw_size(axis: Axes, name: str, document: Document) -> None:
     found = {variant: row for variant, row in document["steps"][name].items() if "ms" in row}
     owed = SIZES[name].owed
-    colours = [COLOURS["ours"] if variant.startswith("ours") else PEER for variant in found]
+    colours = [COLOURS["ours"] if parse_variant(variant).is_ours else PEER for variant in found]
     bars = axis.barh(list(found), [row["tokens_s"] / 1e3 for row in found.values()], color=colours)
     axis.bar_label(bars, [f"{row['tokens_s'] / 1e3:,.1f}" for row in found.values()], padding=3, fontsize=8)
     for place, variant in enumerate(found):
@@ -54,6 +55,8 @@ def draw_ops(axis: Axes, ops: list[Document], document: Document) -> None:
             if (ratio := _ratios(bound, document).get(by)) is not None:
                 places.append(place + (number - 1.5) * thickness)
                 values.append(ratio)
+        if not values:
+            continue
         bars = axis.barh(places, [min(value, HIGHEST_RATIO) for value in values], thickness, color=colour, label=by)
         axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=7)
     for place, bound in enumerate(ops):

@@ -33,7 +33,7 @@ def cross_entropy() -> Callable[..., Tensor]:
 
 
 def linear_cross_entropy(accumulate: torch.dtype | None = None) -> Callable[..., Tensor]:
-    """(hidden [N, H], weight [V, H], labels [N]) -> mean loss. accumulate: dtype of the weight's gradient on the way."""
+    """(hidden [N, H], weight [V, H], labels [N]) -> mean loss. accumulate: dtype the weight's gradient grows in."""
     require()
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

@@ -23,6 +23,7 @@ import torch
 
 from scripts.bench.sizes import Size
 from scripts.bench.turns import TurnLength
+from scripts.bench.variants import parse_variant
 from scripts.bench.worker import MARK
 
 CONTEXT_GIB = 0.8
@@ -87,7 +88,7 @@ class Worker:
             return self._answers.get(timeout=max(seconds, 0.0))
         except queue.Empty:
             self.end(patience=0)
-            return {"failed": f"no answer within {seconds:.0f} s"}
+            return {"failed": f"no answer within {max(seconds, 0):.0f} s"}
 
     def turn(self, length: TurnLength) -> Figures:
         seconds = length.warm_seconds + length.seconds + SECONDS_BEYOND_A_TURN
@@ -126,8 +127,7 @@ class Memory:
 
 def needed_gib(size: Size, variant: str) -> float:
     """About what a variant takes; ours with fp32 masters as much as a peer in amp."""
-    narrow = "pure_bf16" in variant or (not variant.startswith("ours") and variant.endswith("-bf16"))
-    return size.peak_gib["bf16" if narrow else "amp"]
+    return size.peak_gib[parse_variant(variant).numeric_class]
 
 
 def device_gib(processes: int) -> float:
@@ -167,11 +167,8 @@ def prepare(size: Size, figures: dict[str, Figures], plan: Plan, folder: Path) -
                 figures[variant]["failed"] = said["failed"]
             else:
                 ready[variant] = worker
-        figures[variant]["prepare_seconds"] = time.perf_counter() - begin
-        print(
-            f"{size.name} {variant}: {said.get('failed', 'ready')} after {time.perf_counter() - begin:.0f} s",
-            flush=True,
-        )
+        seconds = figures[variant]["prepare_seconds"] = time.perf_counter() - begin
+        print(f"{size.name} {variant}: {said.get('failed', 'ready')} after {seconds:.0f} s", flush=True)
 
     # Those that compile longest go first.
     ordered = sorted(figures, key=lambda variant: variant.startswith(("ours", "eager")))

@@ -6,6 +6,7 @@ from typing import Any
 from neox_hf.modeling.accounting import flops_per_token
 from scripts.bench.floors import PRODUCTS
 from scripts.bench.sizes import Size
+from scripts.bench.variants import parse_variant
 
 Figures = dict[str, Any]
 
@@ -39,23 +40,16 @@ def _summary(size: Size, found: Figures, per_token: float, peak_tflops: float) -
     }
 
 
-def numeric_class(variant: str) -> str:
-    """`amp` where fp32 weights are kept somewhere, `bf16` where none are."""
-    if variant.startswith("ours"):
-        return "bf16" if "-pure_bf16" in variant else "amp"
-    return variant.rpartition("-")[2]
-
-
 def ratios(variant: str, variants: dict[str, Figures]) -> dict[str, float]:
     """Tokens/s of one of ours over the peers of its class: `eager`, `compile`, and `tuned`, the best of all tuned."""
-    ours = variants[variant]
-    if not variant.startswith("ours") or "ms" not in ours:
+    ours, found = parse_variant(variant), variants[variant]
+    if not ours.is_ours or "ms" not in found:
         return {}
     best: dict[str, float] = {}
-    for peer, figures in variants.items():
-        if peer.startswith("ours") or "ms" not in figures or numeric_class(peer) != numeric_class(variant):
+    for name, figures in variants.items():
+        peer = parse_variant(name)
+        if peer.is_ours or "ms" not in figures or peer.numeric_class != ours.numeric_class:
             continue
-        form = peer.partition("-")[0]
-        form = "tuned" if form == "fixed" else form
+        form = "tuned" if peer.form == "fixed" else peer.form
         best[form] = max(best.get(form, 0.0), figures["tokens_s"])
-    return {form: ours["tokens_s"] / rate for form, rate in best.items()}
+    return {form: found["tokens_s"] / rate for form, rate in best.items()}

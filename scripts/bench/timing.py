@@ -22,7 +22,7 @@ LONGEST_PAUSE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Timing:
-    """ms: median over rounds of the time of one call. how: `graph`, `queue`, or `host` on a CPU."""
+    """ms: median over rounds of the time of one call. how: `graph`; `queue`, with the reason if capture failed; `host` on a CPU."""
 
     ms: float
     how: str
@@ -39,9 +39,13 @@ def op_ms(call: Callable[[], object], *, captured: bool = True) -> Timing:
     estimate = max(_between_events(lambda: [call() for _ in range(3)]) / 3, 1e-3)
     host_seconds = (time.perf_counter() - begin) / 3
     calls = int(min(MOST_CALLS, max(3, ROUND_MS / estimate)))
+    how = "queue"
     if captured:
-        return Timing(_graph_ms(call, calls), "graph")
-    return Timing(_queue_ms(call, calls, host_seconds), "queue")
+        try:
+            return Timing(_graph_ms(call, calls), "graph")
+        except RuntimeError as refusal:
+            how = f"queue, for capture failed: {refusal}"[:200]
+    return Timing(_queue_ms(call, calls, host_seconds), how)
 
 
 def _host_ms(call: Callable[[], object]) -> float:

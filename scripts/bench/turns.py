@@ -29,11 +29,14 @@ class TurnClock:
     def __init__(self, length: TurnLength) -> None:
         self.length = length
         self.laps: Laps | None = None
-        self._steps, self._begin = 0, time.perf_counter()
+        self._steps = 0
+        self._begin: float | None = None
 
     def is_over_after_step(self) -> bool:
         self._steps += 1
         now = time.perf_counter()
+        if self._begin is None:  # the first step may have compiled, and is no load yet
+            self._begin = now
         if self.laps is not None:
             self.laps.mark()
             return now - self._begin >= self.length.seconds and self._steps >= self.length.steps
