@@ -23,6 +23,7 @@ from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.late_tensor import LateTensor, late_tensors, mark
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.registration import register, register_fake
 
@@ -33,8 +34,8 @@ TILE_ROWS = 4
 """Rows of a tile: as many loads of 16 bytes are under way for every lane and input."""
 
 
-def bias_gelu_reference(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """torch's GELU, which works in fp32 inside; so does the addition of the bias here."""
+def bias_gelu_reference(x: Tensor, bias: Tensor | None, form: str, makes_again: bool = False) -> Tensor:
+    """torch's GELU, which works in fp32 inside; so does the addition of the bias here. Its result is always kept."""
     if bias is None:
         return F.gelu(x, approximate=TORCH_FORMS[form])
     return F.gelu(x.float() + bias.float(), approximate=TORCH_FORMS[form]).to(x.dtype)
@@ -220,9 +221,9 @@ def _(
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, form: str, late: tuple[LateTensor, ...]) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.form = form
+        ctx.form, ctx.late = form, late
         ctx.sum_dtype = gradient_dtype(bias) if ctx.needs_input_grad[1] else None
         return _forward(x, bias, form)
 
@@ -230,20 +231,29 @@ class _BiasGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias, _ = bias_gelu_backward(dy, x, bias, ctx.form, ctx.sum_dtype, recompute=False)
-        return dx, None if ctx.sum_dtype is None else dbias, None
+        awaited = [late for late in ctx.late if late.is_awaited]
+        dx, dbias, y = bias_gelu_backward(dy, x, bias, ctx.form, ctx.sum_dtype, recompute=bool(awaited))
+        for late in awaited:
+            late.arrive(y)
+        return dx, None if ctx.sum_dtype is None else dbias, None, None
 
 
-def bias_gelu_triton(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
+def bias_gelu_triton(x: Tensor, bias: Tensor | None, form: str, makes_again: bool = False) -> Tensor:
     """The kernels, differentiable in x and bias."""
-    return _BiasGelu.apply(x, bias, form)
+    late = late_tensors(1, x) if makes_again else ()
+    y = _BiasGelu.apply(x, bias, form, late)
+    return mark(y, late[0]) if late else y
 
 
 BIAS_GELU = Op("bias_gelu", torch=bias_gelu_reference, triton=bias_gelu_triton)
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, form: GeluForm, *, backend: str = "auto") -> Tensor:
+def bias_gelu(
+    x: Tensor, bias: Tensor | None, form: GeluForm, *, makes_again: bool = False, backend: str = "auto"
+) -> Tensor:
     """GELU of x [..., F] + bias [F]; `bias=None` when the product that made x has added it already.
+
+    makes_again: the backward kernel makes the result once more, so that linears need not keep it (`late_tensor.py`).
 
     Raises:
         ValueError: the form is neither erf nor tanh, or the bias does not fit x.
@@ -254,4 +264,4 @@ def bias_gelu(x: Tensor, bias: Tensor | None, form: GeluForm, *, backend: str = 
         raise ValueError(
             f"bias_gelu was given a bias {list(bias.shape)} for x {list(x.shape)}; it wants [F] for [..., F]"
         )
-    return BIAS_GELU.choose(backend, x)(x, bias, form)
+    return BIAS_GELU.choose(backend, x)(x, bias, form, makes_again)

@@ -26,8 +26,10 @@ def dual_layer_norm_reference(
     return layer_norm_reference(x, weight1, bias1, eps), layer_norm_reference(x, weight2, bias2, eps)
 
 
-def residual_dual_layer_norm_reference(x: Tensor, *affines_and_eps: Tensor | float | None) -> tuple[Tensor, ...]:
-    """x itself, and its norms."""
+def residual_dual_layer_norm_reference(
+    x: Tensor, *affines_and_eps: Tensor | float | None, makes_again: bool = False
+) -> tuple[Tensor, ...]:
+    """x itself, and its norms, which are always kept."""
     return x, *dual_layer_norm_reference(x, *affines_and_eps)
 
 
@@ -44,9 +46,11 @@ def dual_layer_norm_triton(x: Tensor, *affines_and_eps: Tensor | float | None) -
     return row_norm(x, tuple(affines), eps, kind="layer")
 
 
-def residual_dual_layer_norm_triton(x: Tensor, *affines_and_eps: Tensor | float | None) -> tuple[Tensor, ...]:
+def residual_dual_layer_norm_triton(
+    x: Tensor, *affines_and_eps: Tensor | float | None, makes_again: bool = False
+) -> tuple[Tensor, ...]:
     *affines, eps = affines_and_eps
-    return row_norm(x, tuple(affines), eps, kind="layer", passes_on=True)
+    return row_norm(x, tuple(affines), eps, kind="layer", passes_on=True, makes_again=makes_again)
 
 
 def add_dual_layer_norm_triton(
@@ -85,11 +89,16 @@ def residual_dual_layer_norm(
     bias2: Tensor | None,
     eps: float,
     *,
+    makes_again: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., H] without a copy, and `dual_layer_norm` of it. Whoever goes on with the first spares x's gradient an
-    addition of two tensors."""
-    return RESIDUAL_DUAL_LAYER_NORM.choose(backend, x)(x, weight1, bias1, weight2, bias2, eps)
+    addition of two tensors.
+
+    makes_again: the backward kernel makes both norms' results once more, so that linears need not keep them.
+    """
+    implementation = RESIDUAL_DUAL_LAYER_NORM.choose(backend, x)
+    return implementation(x, weight1, bias1, weight2, bias2, eps, makes_again=makes_again)
 
 
 def add_dual_layer_norm(

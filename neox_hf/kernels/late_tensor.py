@@ -10,6 +10,7 @@ The op that makes it marks its output; `linear` looks for the mark.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 ATTRIBUTE = "late_tensor"
@@ -36,6 +37,13 @@ class LateTensor:
         uses, self._uses = self._uses, []
         for use in uses:
             use(output)
+
+
+def late_tensors(count: int, x: Tensor) -> tuple[LateTensor, ...]:
+    """For the outputs of an op on x whose backward pass is sure to run; none where it is not, or a compiler traces."""
+    if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+        return ()
+    return tuple(LateTensor() for _ in range(count))
 
 
 def mark(output: Tensor, late: LateTensor) -> Tensor:

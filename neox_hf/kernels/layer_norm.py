@@ -29,8 +29,10 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
     return F.layer_norm(x.to(wide), width, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
 
 
-def residual_layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x itself, and its norm."""
+def residual_layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, makes_again: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x itself, and its norm, which is always kept."""
     return x, layer_norm_reference(x, weight, bias, eps)
 
 
@@ -46,8 +48,10 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     return row_norm(x, (weight, bias), eps, kind="layer")[0]
 
 
-def residual_layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return row_norm(x, (weight, bias), eps, kind="layer", passes_on=True)
+def residual_layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, makes_again: bool = False
+) -> tuple[Tensor, Tensor]:
+    return row_norm(x, (weight, bias), eps, kind="layer", passes_on=True, makes_again=makes_again)
 
 
 def add_layer_norm_triton(
@@ -67,11 +71,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, ba
 
 
 def residual_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backend: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, makes_again: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """x [..., H] without a copy, and `layer_norm` of it. Whoever goes on with the first spares x's gradient an addition
-    of two tensors."""
-    return RESIDUAL_LAYER_NORM.choose(backend, x)(x, weight, bias, eps)
+    of two tensors.
+
+    makes_again: the backward kernel makes the norm's result once more, so that linears need not keep it.
+    """
+    return RESIDUAL_LAYER_NORM.choose(backend, x)(x, weight, bias, eps, makes_again)
 
 
 def add_layer_norm(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neox_hf.kernels.gradient_dtype import gradient_dtype
+from neox_hf.kernels.late_tensor import LateTensor, late_tensors, mark
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.row_norm_ops import row_norm_backward, row_norm_forward
 
@@ -29,12 +30,13 @@ class _RowNorm(torch.autograd.Function):
         kind: str,
         measured: int,
         passes_on: bool,
+        late: tuple[LateTensor, ...],
     ) -> tuple[Tensor, ...]:
         affines = weight1, bias1, weight2, bias2
         outputs = row_norm_forward(x, first, second, *affines, eps, kind, measured)
         ctx.save_for_backward(x if first is None else outputs[0], *affines)
         ctx.set_materialize_grads(False)
-        ctx.settings = eps, kind, measured
+        ctx.settings, ctx.late = (eps, kind, measured), late
         needed = ctx.needs_input_grad[3:7]
         ctx.dtypes = [gradient_dtype(each) if wanted else None for each, wanted in zip(affines, needed, strict=True)]
         ctx.streams = passes_on or first is not None
@@ -46,13 +48,16 @@ class _RowNorm(torch.autograd.Function):
         residual, dys = (upstream[0], upstream[1:]) if ctx.streams else (None, upstream)
         needed = ctx.needs_input_grad
         if all(dy is None for dy in dys):
-            return *_for_branches(residual, needed), *[None] * 8
+            return *_for_branches(residual, needed), *[None] * 9
         x, *affines = ctx.saved_tensors
         dy1, dy2 = [torch.zeros_like(x) if dy is None else dy for dy in dys] if len(dys) == 2 else (*dys, None)
         wants_x, dtype = any(needed[:3]), _common(ctx.dtypes) if any(needed[3:7]) else None
-        outputs = row_norm_backward(x, residual, dy1, dy2, *affines, *ctx.settings, wants_x, dtype, False)
+        again = any(late.is_awaited for late in ctx.late)
+        outputs = row_norm_backward(x, residual, dy1, dy2, *affines, *ctx.settings, wants_x, dtype, again)
+        for late, y in zip(ctx.late, outputs[wants_x:], strict=False) if again else ():
+            late.arrive(y)
         parameters = [None] * 4 if dtype is None else _unstack(outputs[-1], affines, ctx.dtypes)
-        return *_for_branches(outputs[0] if wants_x else None, needed), *parameters, None, None, None, None
+        return *_for_branches(outputs[0] if wants_x else None, needed), *parameters, *[None] * 5
 
 
 def _for_branches(gradient: Tensor | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -87,11 +92,13 @@ def row_norm(
     branches: tuple[Tensor | None, ...] = (None, None),
     measured: int | None = None,
     passes_on: bool = False,
+    makes_again: bool = False,
 ) -> tuple[Tensor, ...]:
     """The norm(s) of x [..., H], differentiable; before them x itself, if it `passes_on`, or the sum with its branches.
 
     affines: weight and bias, or those of two norms. branches: what is added to x first. measured: elements of a row
-    that an RMS is taken over.
+    that an RMS is taken over. makes_again: the backward pass makes the results once more for linears that wait for them
+    (`late_tensor.py`).
 
     Raises:
         ValueError: a weight, bias or branch whose shape does not fit x.
@@ -105,4 +112,6 @@ def row_norm(
             wanted = "one number" if kind == "scale" else f"[{width}]"
             raise ValueError(f"x {list(x.shape)} was given a weight or bias {list(affine.shape)}; {wanted} is wanted")
     affines = (*affines, None, None, None)[:4]
-    return _RowNorm.apply(x, *branches, *affines, float(eps), kind, measured or width, passes_on)
+    late = late_tensors(1 + (affines[2] is not None), x) if makes_again else ()
+    outputs = _RowNorm.apply(x, *branches, *affines, float(eps), kind, measured or width, passes_on, late)
+    return *outputs[: len(outputs) - len(late)], *map(mark, outputs[len(outputs) - len(late) :], late)

@@ -32,19 +32,24 @@ class GPTNeoXMLP(nn.Module):
         bare = is_bare(dense, Linear, ColumnParallelLinear) and is_bare(act, GELU) and dense.bias is not None
         if not bare or not BIAS_GELU.has_kernel_for(act.kernels, hidden_states):
             return act(dense(hidden_states))
-        return bias_gelu(dense.product(hidden_states), dense.bias, act.form, backend=act.kernels)
+        product = dense.product(hidden_states)
+        return bias_gelu(product, dense.bias, act.form, makes_again=act.makes_again, backend=act.kernels)
 
 
 class GELU(nn.Module):
-    """One form of GELU, by `kernels.bias_gelu`, of what has its bias already."""
+    """One form of GELU, by `kernels.bias_gelu`, of what has its bias already.
+
+    makes_again: its result is not kept for the backward pass, which makes it again; see `recompute_selectively`.
+    """
 
     def __init__(self, form: str, kernels: str) -> None:
         super().__init__()
         self.form = form
         self.kernels = kernels
+        self.makes_again = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return bias_gelu(hidden_states, None, self.form, backend=self.kernels)
+        return bias_gelu(hidden_states, None, self.form, makes_again=self.makes_again, backend=self.kernels)
 
 
 def activation(config: GPTNeoXConfig) -> nn.Module:

@@ -12,12 +12,15 @@ class GPTNeoXLayerNorm(nn.LayerNorm):
     """Layer norm over the hidden size, computed by `kernels.layer_norm`.
 
     It stands inside the tensor region: gradients that reach it are partial, and so are those of its parameters.
+
+    makes_again: its result is not kept for the backward pass, which makes it again; see `recompute_selectively`.
     """
 
     def __init__(self, config: GPTNeoXConfig, region: TensorRegion = ALONE) -> None:
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
         self.kernels = config.kernels
         self.region = region
+        self.makes_again = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight, bias = self.region.shared(self.weight, self.bias)
@@ -29,7 +32,7 @@ def normalize(norm: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     if not is_bare(norm, GPTNeoXLayerNorm):
         return hidden_states, norm(hidden_states)
     affine = norm.region.shared(norm.weight, norm.bias)
-    return residual_layer_norm(hidden_states, *affine, norm.eps, backend=norm.kernels)
+    return residual_layer_norm(hidden_states, *affine, norm.eps, makes_again=norm.makes_again, backend=norm.kernels)
 
 
 def normalize_twice(first: nn.Module, second: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,4 +40,6 @@ def normalize_twice(first: nn.Module, second: nn.Module, hidden_states: Tensor) 
     if not (is_bare(first, GPTNeoXLayerNorm) and is_bare(second, GPTNeoXLayerNorm) and first.eps == second.eps):
         return hidden_states, first(hidden_states), second(hidden_states)
     affines = first.region.shared(first.weight, first.bias, second.weight, second.bias)
-    return residual_dual_layer_norm(hidden_states, *affines, first.eps, backend=first.kernels)
+    return residual_dual_layer_norm(
+        hidden_states, *affines, first.eps, makes_again=first.makes_again, backend=first.kernels
+    )

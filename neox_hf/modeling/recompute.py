@@ -4,7 +4,11 @@
     selective   the cheap operations (norms, rotary, activation, dropout); matrix products and attention are kept
     full        the whole block: only its input is kept
 
-Gradients are the same in all three, to the last bit where the device's operations repeat themselves. Attention that is
+`selective` has two forms. Where kernels run and products sum the gradients of their weights, the backward kernels of
+norms and activations make their outputs again in the pass that they make anyway, for the linears behind them
+(`kernels/late_tensor.py`). Elsewhere torch's checkpointing runs the cheap operations a second time.
+
+Gradients are the same in all three, in torch's form to the last bit where the device's operations repeat themselves. Attention that is
 written out (`attn_implementation: eager`) is computed again too, since what it keeps grows with the sequence squared.
 Source: selective recomputation, Korthikanti et al., 2022, arXiv 2205.05198, section 5; here per operation.
 """
@@ -18,6 +22,11 @@ from torch.utils.checkpoint import (
     SelectiveCheckpointContext,
     create_selective_checkpoint_contexts,
 )
+from transformers import PreTrainedModel
+
+from neox_hf.kernels import LAYER_NORM
+from neox_hf.kernels.weight_gradient import sum_of
+from neox_hf.parallel import ColumnParallelLinear, Linear
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -48,6 +57,26 @@ def recompute_kwargs(mode: Recompute) -> dict[str, Any] | None:
     if mode == "none":
         return None
     return {"use_reentrant": False} | ({"context_fn": selective_contexts} if mode == "selective" else {})
+
+
+def recompute_selectively(model: PreTrainedModel, *, compiled: bool = False) -> None:
+    """Switch `selective` on for a model whose gradients are about to be summed as they will be."""
+    model.gradient_checkpointing_disable()
+    makers = [module for module in model.modules() if hasattr(module, "makes_again")]
+    by_kernels = not compiled and makes_outputs_again(model)
+    for module in makers:
+        module.makes_again = by_kernels
+    if not by_kernels:
+        model.activation_checkpointing_enable(recompute_kwargs("selective"))
+
+
+def makes_outputs_again(model: PreTrainedModel) -> bool:
+    """Whether kernels compute what this process holds of the model, and its linears sum their weights' gradients."""
+    linears = [module for module in model.modules() if isinstance(module, (Linear, ColumnParallelLinear))]
+    weights = [linear.weight for linear in linears if linear.weight.requires_grad and not linear.weight.is_meta]
+    if not weights or not all(sum_of(weight) for weight in weights):
+        return False
+    return LAYER_NORM.has_kernel_for(model.config.kernels, weights[0])
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter, hf_names, load_optimizer, write_optimizer
 from neox_hf.data import EvaluationBatches
+from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from neox_hf.parallel.shards import shards_of
@@ -100,7 +101,10 @@ class NativeEngine(OptimizerBoxes):
         return DataParallel(self.trainer.accelerator.prepare_model(model, evaluation_mode=True))
 
     def begin(self) -> None:
-        """Gradients are summed where `prepare` has said."""
+        """Products sum their weights' gradients where no one listens to autograd's own sums, as torch's DDP does."""
+        if self.trainer.accelerator.distributed_type == DistributedType.NO and not self.trainer.args.numeric.autocast:
+            for parameter in self.trainer.model.parameters():
+                sum_in(parameter, SumInGrad())
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)

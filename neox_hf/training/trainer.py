@@ -23,7 +23,7 @@ from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.errors import DivergenceError
 from neox_hf.modeling.accounting import flops_per_token
-from neox_hf.modeling.recompute import recompute_kwargs
+from neox_hf.modeling.recompute import recompute_selectively
 from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
@@ -304,14 +304,14 @@ class NeoXTrainer(Trainer):
         return epochs, 0
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
-        if self.args.recompute == "selective":
-            self.model.activation_checkpointing_enable(recompute_kwargs("selective"))  # HF has switched on full blocks
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
             # Before DeepSpeed takes them: it would look for weights in a directory of its own making.
             self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self.engine.begin()
+        if self.args.recompute == "selective":  # HF has switched on full blocks
+            recompute_selectively(self.model, compiled=self.args.torch_compile)
         self.run_state.write_beside()
         if self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule):
             self._save_checkpoint(self.model, None)
