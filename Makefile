@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-slow test-gpu check style coverage bench clean
+.PHONY: install demo test test-slow test-gpu check style coverage bench bench-cpu clean
 
 install: $(STAMP)
 
@@ -38,7 +38,10 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install
+bench: install ## on a machine with a CUDA device; docs/measurements/README.md
+	$(BIN)/python -m scripts.bench
+
+bench-cpu: install
 	$(BIN)/python scripts/bench_trainer.py --config recipes/demo.yaml --against bare
 	$(BIN)/python scripts/bench_tokenization.py
 

@@ -93,7 +93,8 @@ def _steps(document: Document) -> str:
     return "## Training step\n\n" + STEPS_TEXT + "\n\n" + "\n\n".join(parts)
 
 
-STEPS_TEXT = """Ours is `NeoXTrainer`, with `train.precision` and switches. Peers are transformers' own class: `eager`, `compile` as
+STEPS_TEXT = """\
+Ours is `NeoXTrainer`, with `train.precision` and switches. Peers are transformers' own class: `eager`, `compile` as
 shipped, `fixed` (compiled, `is_causal`), `tuned` (fixed, with Liger's fused head and loss). All clip at 1, with fused
 AdamW. Medians of steps in turns that interleave; min-max are medians of turns. MFU is against what the device sustains.
 `/ tuned` is over the better of `fixed` and `tuned`; ours with fp32 masters (`bf16`) stands beside `amp`, `pure_bf16`
@@ -119,7 +120,8 @@ def _step_row(variant: str, variants: dict[str, Document], owed: float | None, c
     ]
 
 
-OPS_TEXT = """Forward / forward and backward, ms, at Pythia-1.4B's shapes (16,384 tokens). Floors: bytes at 4285 GB/s or products at
+OPS_TEXT = """\
+Forward / forward and backward, ms, at Pythia-1.4B's shapes (16,384 tokens). Floors: bytes at 4285 GB/s or products at
 675 TFLOP/s, whichever is longer. GiB: what forward and backward take beyond their inputs, ours."""
 
 

@@ -22,7 +22,8 @@ LONGEST_PAUSE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Timing:
-    """ms: median over rounds of the time of one call. how: `graph`; `queue`, with the reason if capture failed; `host` on a CPU."""
+    """ms: median over rounds of the time of one call. how: `graph`; `queue`, with the reason where capture failed;
+    `host` on a CPU."""
 
     ms: float
     how: str

@@ -1,0 +1,177 @@
+"""The benchmark's command line, and what it writes: JSON, tables, a picture."""
+
+import json
+
+import pytest
+import torch
+
+from scripts.bench import report
+from scripts.bench.__main__ import NO_DEVICE, main, parse, run
+from scripts.bench.chart import draw
+from tests.scripts.bench_cases import TINY, document, step
+
+CPU = torch.device("cpu")
+PNG = b"\x89PNG\r\n"
+
+
+def rows_of(text, heading):
+    """Cells of the table under a heading, by the first of each row."""
+    part = text.split(heading, 1)[1].split("\n\n#", 1)[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("|")]
+    return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def test_tables():
+    text = report.markdown(document(), "bench.png")
+    assert "2026-11-22, a card, torch 2" in text
+    assert "(bench.png)" in text
+    steps = rows_of(text, "### 1.4b, micro-batch 8 x 2048 tokens")
+    ours = steps["ours-bf16"]
+    assert (ours["tokens/s"], ours["owed"], ours["MFU"]) == ("66,000", "66,500", "80.0%")
+    assert (ours["/ eager"], ours["/ compile"], ours["/ tuned"]) == ("1.375", "", "1.100")
+    assert steps["tuned-bf16"]["ms"] == "liger-kernel is not installed"
+    gelu = rows_of(text, "## Ops")["GELU"]
+    assert (gelu["torch"], gelu["ours"], gelu["floor"], gelu["target"]) == (
+        "0.171 / 0.400",
+        "0.130 / 0.330",
+        "0.125 / 0.313",
+        "0.138 / 0.345",
+    )
+    assert (gelu["compile"], gelu["liger"]) == ("", "liger-kernel is not installed")
+    assert rows_of(text, "## Accuracy")["rotary"]["no further than torch"] == "**no**"
+    assert rows_of(text, "## Ceilings")["copy of 4 GiB, read and written"]["measured"] == "4,284 GB/s"
+
+
+def test_every_row_of_a_table_is_as_wide_as_its_head():
+    for block in report.markdown(document(), "x.png").split("\n\n"):
+        widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1, block
+
+
+def test_an_empty_document_has_no_tables():
+    assert report.markdown(report.empty(), "x.png") == "# Kernels and training step on one device\n"
+
+
+def test_later_runs_replace_what_they_measured_again():
+    later = report.empty()
+    later["runs"] = [{"date": "2026-11-23"}]
+    later["ops"]["rows"] = [{"op": "GELU", "by": "ours", "both_ms": 0.32}]
+    later["steps"] = {"160m": {"ours-bf16": step(5e5)}}
+    whole = report.merged([document(), later])
+    assert [row["by"] for row in whole["ops"]["rows"]] == ["ours", "torch", "liger"]
+    assert whole["ops"]["rows"][0]["both_ms"] == 0.32
+    assert list(whole["steps"]) == ["1.4b", "160m"]
+    assert [run["date"] for run in whole["runs"]] == ["2026-11-22", "2026-11-23"]
+    assert report.merged([whole, whole]) == whole
+
+
+def test_json_is_whole(tmp_path):
+    path = tmp_path / "bench.json"
+    report.write_json(document(), path)
+    assert report.read_json(path) == document()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_picture(tmp_path):
+    draw(document(), tmp_path / "all.png")
+    assert (tmp_path / "all.png").read_bytes().startswith(PNG)
+    draw(report.empty(), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_defaults_are_the_whole_benchmark():
+    options = parse([])
+    assert options.sections == ["ceilings", "accuracy", "ops", "steps"]
+    assert options.sizes == ["160m", "410m", "1.4b", "6.9b"]
+    assert (options.variants, options.seconds, options.out.as_posix()) == (None, 90.0, "docs/measurements")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sections", "all"], "invalid choice: 'all'"),
+        (["--sizes", "12b"], "invalid choice: '12b'"),
+        (["--variants", "fast-bf16"], "variant 'fast-bf16' is unknown"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_cuda_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--out", str(tmp_path)]) == NO_DEVICE == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reports_of_several_runs_become_one_without_a_device(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    report.write_json(document(), tmp_path / "first.json")
+    second = report.empty() | {"steps": {"160m": {"ours-bf16": step(5e5)}}}
+    report.write_json(second, tmp_path / "second.json")
+    sources = [str(tmp_path / name) for name in ("first.json", "second.json")]
+    assert main(["--sections", "--from", *sources, "--out", str(tmp_path / "out"), "--name", "whole"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"whole.json", "whole.md", "whole.png"}
+    assert report.read_json(tmp_path / "out" / "whole.json") == report.merged([document(), second])
+
+
+def options_for(tmp_path, *arguments):
+    options = parse([*arguments, "--out", str(tmp_path), "--implementations", "ours", "torch", "--name", "small"])
+    options.shapes = options.checked_shapes = TINY
+    options.optimizer_size = "tiny"
+    return options
+
+
+def test_a_run_of_ops(tmp_path, capsys):
+    options = options_for(tmp_path, "--sections", "accuracy", "ops", "--ops", "GELU")
+    found = run(options, CPU, "the command")
+    assert {row["op"] for row in found["accuracy"]} == {"GELU", "bias + GELU", "linear + bias + GELU"}
+    assert {row["dtype"] for row in found["accuracy"]} == {"bfloat16", "float32"}
+    assert {(row["op"], row["by"]) for row in found["ops"]["rows"]} == {
+        (op, by) for op in ("GELU", "bias + GELU", "linear + bias + GELU") for by in ("ours", "torch")
+    }
+    assert json.loads((tmp_path / "small.json").read_text()) == found
+    assert "the command" in (tmp_path / "small.md").read_text()
+    assert (tmp_path / "small.png").read_bytes().startswith(PNG)
+    assert "bias + GELU, ours: " in capsys.readouterr().out
+
+
+def test_time_that_is_over_measures_nothing_more(tmp_path, capsys):
+    found = run(options_for(tmp_path, "--sections", "ops", "--seconds", "-1"), CPU, "x")
+    assert found["ops"]["rows"] == []
+    assert "no time is left" in capsys.readouterr().out
+
+
+def test_a_run_that_breaks_keeps_what_it_had(tmp_path, monkeypatch):
+    options = options_for(tmp_path, "--sections", "ops", "steps", "--ops", "layer norm", "--sizes", "tiny")
+
+    def breaks(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scripts.bench.__main__.measure_size", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(options, CPU, "x")
+    assert len(report.read_json(tmp_path / "small.json")["ops"]["rows"]) == 6
+    assert "| layer norm |" in (tmp_path / "small.md").read_text()
+
+
+def test_a_run_of_steps_reports_each_turn(tmp_path, monkeypatch):
+    options = options_for(tmp_path, "--sections", "steps", "--sizes", "tiny", "--variants", "ours-bf16", "eager-amp")
+    seen = []
+
+    def measured(size, variants, plan, keep):
+        turn = {"step_ms": [100.0], "peak_gib": 1.0, "loss": 1.0}
+        figures = {variant: {"turns": [turn]} for variant in variants}
+        keep(figures)
+        seen.append(report.read_json(tmp_path / "small.json")["steps"]["tiny"]["eager-amp"]["ms"])
+        assert plan.seconds == 90.0
+        return figures
+
+    monkeypatch.setattr("scripts.bench.__main__.measure_size", measured)
+    found = run(options, CPU, "x")
+    assert seen == [100.0]
+    assert found["steps"]["tiny"]["ours-bf16"]["tokens_s"] == pytest.approx(640)
