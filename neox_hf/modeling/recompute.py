@@ -8,8 +8,9 @@
 norms and activations make their outputs again in the pass that they make anyway, for the linears behind them
 (`kernels/late_tensor.py`). Elsewhere torch's checkpointing runs the cheap operations a second time.
 
-Gradients are the same in all three, in torch's form to the last bit where the device's operations repeat themselves. Attention that is
-written out (`attn_implementation: eager`) is computed again too, since what it keeps grows with the sequence squared.
+Gradients are the same in all three, in torch's form to the last bit where the device's operations repeat themselves.
+There, attention that is written out (`attn_implementation: eager`) is computed again too, since what it keeps grows
+with the sequence squared.
 Source: selective recomputation, Korthikanti et al., 2022, arXiv 2205.05198, section 5; here per operation.
 """
 
