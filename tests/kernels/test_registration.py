@@ -128,3 +128,12 @@ def test_on_the_cpu_no_device_is_changed():
     assert not is_elsewhere(torch.ones(1))
     with on_device_of(torch.ones(1)):
         assert multiprocessors(torch.device("cpu")) == 1
+
+
+def test_a_gpu_is_asked_for_its_size_once(monkeypatch):
+    asked = []
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    device = torch.device("cuda", 63)
+    assert [multiprocessors(device), multiprocessors(device)] == [132, 132]
+    assert asked == [device]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from neox_hf.kernels import rotary
@@ -163,6 +164,29 @@ def test_gradients_of_any_strides(order):
         torch.autograd.backward(rotary(qkv, cos, sin, backend="triton"), upstream)
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+class Operators(TorchDispatchMode):
+    """Keeps account of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_zeros_are_made_only_for_what_is_not_given():
+    qkv, leaf = produced()
+    query, key, value = rotary(qkv, *angles(SEQUENCE, ROTATED), backend="triton")
+    upstream = [torch.ones_like(x) for x in (query, key, value)]
+    for outputs, zeros in (((query, key, value), 0), ((query, key), 1)):
+        with Operators() as operators:
+            torch.autograd.grad(outputs, leaf, upstream[: len(outputs)], retain_graph=True)
+        assert operators.called.count(ASSEMBLE) == 1
+        assert operators.called.count(torch.ops.aten.new_zeros.default) == zeros
 
 
 def test_a_gradient_expanded_from_one_number():
