@@ -73,7 +73,7 @@ def _cast_kernel(
 def fp8_cast_triton(
     x: Tensor, scale: Tensor, amax: Tensor, rows: Tensor | None, columns: Tensor | None, partial: Tensor | None
 ) -> None:
-    """The kernel; `partial` is [tiles of 128 rows, C]."""
+    """The kernel; `partial` is [tiles of ROWS rows, C]."""
     out = rows if rows is not None else columns
     if x.numel() == 0 or out is None:
         return

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neox_hf.kernels.fp8_cast import FP8_CAST, fp8_cast
 from neox_hf.kernels.fp8_format import E4M3, E5M2, MULTIPLE, Fp8Tensor, empty_fp8, padded
+from neox_hf.kernels.fp8_gradient import cast_gradient
 from neox_hf.kernels.fp8_product import add_fp8_product_, fp8_product
 from neox_hf.kernels.fp8_scales import Fp8Scales, ScaleSlot
 from neox_hf.kernels.gradient_dtype import gradient_dtype
@@ -135,8 +136,8 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         columns, inverse, weight_columns, weight_inverse = ctx.saved_tensors
         taker, backend, wants_x = ctx.taker, ctx.backend, ctx.needs_input_grad[0]
-        dy8, dbias = fp8_cast(
-            dy.flatten(0, -2),
+        dy8, dbias = cast_gradient(
+            dy,
             ctx.state.gradient,
             rows=wants_x,
             columns=taker.wanted,

@@ -16,6 +16,7 @@ from torch import Tensor
 from neox_hf.kernels.fp8_cast import fp8_cast
 from neox_hf.kernels.fp8_format import Fp8Tensor
 from neox_hf.kernels.fp8_gelu import gelu_backward_to_fp8, gelu_to_fp8
+from neox_hf.kernels.fp8_gradient import cast_gradient
 from neox_hf.kernels.fp8_linear import Fp8Linear, GradientTaker, check_fits
 from neox_hf.kernels.fp8_product import fp8_product
 from neox_hf.kernels.gradient_dtype import gradient_dtype
@@ -57,8 +58,8 @@ class _Fp8Mlp(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         columns, inverse, z, up_bias, up_columns, up_inverse, down_columns, down_inverse = ctx.saved_tensors
         (first, second), (up, down), backend = ctx.states, ctx.takers, ctx.backend
-        dout8, ddown_bias = fp8_cast(
-            dout.flatten(0, -2), second.gradient, columns=down.wanted, sum_dtype=ctx.sum_dtypes[1], backend=backend
+        dout8, ddown_bias = cast_gradient(
+            dout, second.gradient, rows=True, columns=down.wanted, sum_dtype=ctx.sum_dtypes[1], backend=backend
         )
         dy = fp8_product(dout8.rows, down_columns, dout8.inverse, down_inverse, dout.dtype, backend=backend)
         dz8, y8, dup_bias = gelu_backward_to_fp8(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from neox_hf.kernels.weight_gradient import add_product_, sum_in
+from neox_hf.kernels.weight_gradient import AddInto, add_product_, sum_in
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,18 @@ class SumInMasterGradient:
     index: int
 
     def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
+        add_product_(self._sum(weight), gradient, x)
+
+    def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
+        add(self._sum(weight), True)
+
+    def _sum(self, weight: nn.Parameter) -> Tensor:
+        """Where the gradient of `weight` is summed, in its shape. The optimizer is told that there is one."""
         flat = self.optimizer.fp32_groups_gradients[self.group][self.index]
-        add_product_(flat.view(weight.shape), gradient, x)
         # What the optimizer notes when a gradient reaches it in its own way.
         weight._hp_grad = flat
         self.optimizer.fp32_groups_has_gradients[self.group][self.index] = True
+        return flat.view(weight.shape)
 
 
 def sum_in_master_gradients(optimizer: object) -> None:

@@ -82,3 +82,13 @@ def test_the_operator_is_one_of_torch_s():
     x = torch.randn(6, 32)
     arguments = (x, slot.scale, slot.amax, empty_fp8(6, 32, E4M3, x.device), empty_fp8(32, padded(6), E4M3, x.device))
     torch.library.opcheck(fp8_cast_triton, (*arguments, None), test_utils=("test_faketensor",))
+    # What `test_schema` would see, which cannot compare eight bits: the arguments that say so were changed.
+    before = [argument._version for argument in arguments]
+    fp8_cast_triton(*arguments, None)
+    assert [argument._version > version for argument, version in zip(arguments, before, strict=True)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]

@@ -10,6 +10,7 @@ from neox_hf.kernels.fp8_linear import Fp8Linear, fp8_linear, reason_against_fp8
 from neox_hf.kernels.fp8_mlp import fp8_mlp
 from neox_hf.kernels.fp8_product import fp8_product
 from neox_hf.kernels.fp8_scales import Fp8Scales
+from neox_hf.kernels.residual_add import residual_add
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from tests.kernels.fp8_cases import check_linear, check_mlp
 
@@ -51,6 +52,62 @@ def test_the_fused_layer_is_the_two_linears():
         torch.testing.assert_close(fused, apart, rtol=1e-3, atol=1e-3)
         for found, wanted in zip(made, expected, strict=True):
             assert (found - wanted).norm() < 0.01 * wanted.norm()
+        table.advance()
+
+
+@pytest.mark.parametrize("also", ["nothing", "a change in place"])
+def test_a_gradient_that_two_linears_take_is_cast_once(also):
+    table = Fp8Scales(slot_dtypes(["a", "b"]), "cpu")
+    states = [Fp8Linear(table, name) for name in "ab"]
+    layers = [nn.Linear(32, 16) for _ in states]
+    x = torch.randn(20, 32)
+    a, b = (run(layer, state, x) for layer, state in zip(layers, states, strict=True))
+    gradient = torch.randn(20, 16)
+    a.backward(gradient)
+    if also == "a change in place":
+        gradient.mul_(3)
+    b.backward(gradient)
+    assert (states[1].gradient.amax > 0) == (also == "a change in place")
+    factor = 1 if also == "nothing" else 3
+    assert layers[0].bias.grad is not layers[1].bias.grad
+    torch.testing.assert_close(layers[1].bias.grad, factor * layers[0].bias.grad)
+    assert layers[0].bias.grad.data_ptr() != layers[1].bias.grad.data_ptr()
+    expected = factor * layers[0].weight.grad
+    assert (layers[1].weight.grad - expected).norm() < (1e-6 if factor == 1 else 0.1) * expected.norm()
+
+
+def test_both_halves_of_a_parallel_block_take_one_gradient():
+    table = Fp8Scales(slot_dtypes(["a", "b"]), "cpu")
+    states = [Fp8Linear(table, name) for name in "ab"]
+    layers = [nn.Linear(32, 32) for _ in states]
+    x = torch.randn(20, 32, requires_grad=True)
+    halves = [run(layer, state, x) for layer, state in zip(layers, states, strict=True)]
+    (residual_add(x, *halves, backend="triton") * torch.randn(20, 32)).sum().backward()
+    assert sorted(float(state.gradient.amax) > 0 for state in states) == [False, True]
+
+
+def test_a_compiler_leaves_it_alone():
+    table, state, layer = a_linear()
+    x = torch.randn(4, 32)
+    run(layer, state, x)
+    table.advance()
+    compiled = torch.compile(lambda x: 2 * run(layer, state, x), backend="aot_eager")
+    y = compiled(x)
+    y.sum().backward()
+    assert torch.equal(y, 2 * run(layer, state, x))
+    assert layer.weight.grad is not None
+
+
+def test_shapes_alone():
+    with torch.device("meta"):
+        table, layer = Fp8Scales(slot_dtypes(["it"]), "meta"), nn.Linear(32, 16)
+        x = torch.empty(2, 5, 32, requires_grad=True)
+    for _ in range(2):
+        y = run(layer, Fp8Linear(table, "it"), x)
+        assert y.shape == (2, 5, 16)
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert layer.weight.grad.shape == (16, 32)
         table.advance()
 
 
