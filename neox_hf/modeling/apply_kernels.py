@@ -6,9 +6,10 @@ the very objects they were, and so are their names.
 
 import logging
 from types import MethodType
-from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gpt_neox import modeling_gpt_neox as stock
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -17,11 +18,12 @@ from neox_hf.kernels import BACKENDS, OPS, Backend, describe_choice
 from neox_hf.modeling import stock_classes
 from neox_hf.modeling.attention import GPTNeoXAttention
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
+from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.layer import GPTNeoXLayer
-from neox_hf.modeling.mlp import GELU, GELU_FORMS, GPTNeoXMLP
+from neox_hf.modeling.mlp import GELU
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
 from neox_hf.modeling.norms import GPTNeoXLayerNorm
-from neox_hf.parallel import ALONE, Linear
+from neox_hf.parallel import Linear
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,7 @@ BLOCK: dict[type[nn.Module], type[nn.Module]] = {
 }
 """What has to change together: the angles that one module makes are what another reads."""
 
-NEW_CLASSES = BLOCK | {
-    stock.GPTNeoXModel: stock_classes.GPTNeoXModel,
-    stock.GPTNeoXForCausalLM: stock_classes.GPTNeoXForCausalLM,
-}
+KNOWN = BLOCK | {stock.GPTNeoXModel: stock_classes.GPTNeoXModel}
 
 
 def apply_kernels(model: nn.Module, kernels: Backend = "auto", *, skip_logits: bool = False) -> nn.Module:
@@ -60,10 +59,10 @@ def apply_kernels(model: nn.Module, kernels: Backend = "auto", *, skip_logits: b
         raise ValueError(f"kernels={kernels!r} is unknown; choose one of {', '.join(BACKENDS)}")
     _refuse_what_is_not_stock(model)
     for module in list(model.modules()):
-        kind = NEW_CLASSES.get(type(module))
-        if kind is not None:
-            _become(module, kind)
-            _prepare_parts(module)
+        if type(module) is stock.GPTNeoXForCausalLM:
+            _become(module, stock_classes.GPTNeoXForCausalLM)
+        elif type(module) is stock.GPTNeoXModel:
+            _run_our_block(module)
     for module in model.modules():
         _choose(module, kernels, skip_logits)
     logger.info(describe_choice(OPS, kernels))
@@ -78,7 +77,7 @@ def _refuse_what_is_not_stock(model: nn.Module) -> None:
             "Load one with transformers' AutoModelForCausalLM, from a checkpoint of model_type gpt_neox"
         )
     for module in modules:
-        for kind in (*BLOCK, stock.GPTNeoXModel):
+        for kind in KNOWN:
             if isinstance(module, kind):
                 _refuse_unless_one_of(module, kind)
         if isinstance(module, stock.GPTNeoXModel):
@@ -90,7 +89,7 @@ def _refuse_what_is_not_stock(model: nn.Module) -> None:
 def _refuse_unless_one_of(module: nn.Module, kind: type[nn.Module]) -> None:
     """A subclass, or a forward pass put on the instance, may rely on anything; accelerate's hooks call the class's."""
     patched = kind in BLOCK and "forward" in vars(module) and "_old_forward" not in vars(module)
-    if type(module) not in (kind, NEW_CLASSES[kind]) or patched:
+    if type(module) not in (kind, KNOWN[kind]) or patched:
         found = f"a {kind.__name__} whose `forward` was replaced" if patched else _name(type(module))
         raise ValueError(
             f"apply_kernels knows transformers' own {kind.__name__}; found {found}. "
@@ -111,52 +110,56 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}"
 
 
-def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
-    """Give a module another class, and the attributes that its constructor would have set."""
+def _run_our_block(base: stock.GPTNeoXModel) -> None:
+    """Have the model and all its blocks compute with ours."""
+    with torch.device("meta"):
+        example = GPTNeoXLayer(GPTNeoXConfig.from_dict(base.config.to_dict()), layer_idx=0)
+    _become(base, stock_classes.GPTNeoXModel)
+    _change_norms(example, base.final_layer_norm)
+    for module in list(base.modules()):
+        if type(module) is stock.GPTNeoXRotaryEmbedding:
+            _become(module, stock_classes.GPTNeoXRotaryEmbedding)
+        elif type(module) is stock.GPTNeoXLayer:
+            _become(module, stock_classes.GPTNeoXLayer, example)
+            _change_norms(example, module.input_layernorm, module.post_attention_layernorm)
+        elif type(module) is stock.GPTNeoXAttention:
+            _become(module, stock_classes.GPTNeoXAttention, example.attention)
+            _change_linears(example, module.query_key_value, module.dense)
+        elif type(module) is stock.GPTNeoXMLP:
+            _become(module, stock_classes.GPTNeoXMLP, example.mlp)
+            _change_linears(example, module.dense_h_to_4h, module.dense_4h_to_h)
+            if isinstance(example.mlp.act, GELU) and type(module.act) is type(ACT2FN[base.config.hidden_act]):
+                _become(module.act, GELU, example.mlp.act)
+
+
+def _become(module: nn.Module, kind: type[nn.Module], example: nn.Module | None = None) -> None:
+    """Give a module another class, and those attributes that one of ours has from its constructor and it lacks."""
     module.__class__ = kind
-    vars(module).update(attributes)
+    for name, value in vars(example).items() if example is not None else ():
+        vars(module).setdefault(name, value)
     if "_old_forward" in vars(module):  # accelerate's hooks call this one, bound to the class as it was
         module._old_forward = MethodType(kind.forward, module)
-
-
-def _prepare_parts(module: nn.Module) -> None:
-    """The parts of a module of a new class that have no class of their own in transformers."""
-    if isinstance(module, GPTNeoXLayer):
-        _prepare_norms(module.input_layernorm, module.post_attention_layernorm)
-    elif isinstance(module, GPTNeoXAttention):
-        _prepare_linears(module.query_key_value, module.dense)
-    elif isinstance(module, GPTNeoXMLP):
-        _prepare_linears(module.dense_h_to_4h, module.dense_4h_to_h)
-        _prepare_activation(module.act)
-    elif isinstance(module, stock.GPTNeoXModel):
-        _prepare_norms(module.final_layer_norm)
+    if isinstance(module, PreTrainedModel):
         # transformers does this where it constructs a model; without it nothing records hidden states.
         _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
-def _prepare_norms(*norms: nn.Module) -> None:
+def _change_norms(example: GPTNeoXLayer, *norms: nn.Module) -> None:
     """Also those that an adapter holds, to train a copy."""
     for norm in norms:
         for part in norm.modules():
             if type(part) is nn.LayerNorm:
-                _become(part, GPTNeoXLayerNorm, region=ALONE)
+                _become(part, GPTNeoXLayerNorm, example.input_layernorm)
 
 
-def _prepare_linears(*linears: nn.Module) -> None:
+def _change_linears(example: GPTNeoXLayer, *linears: nn.Module) -> None:
     """Also the one that an adapter stands around."""
     for linear in linears:
         base = linear
         while hasattr(base, "base_layer"):
             base = base.base_layer
         if type(base) is nn.Linear:
-            _become(base, Linear)
-
-
-def _prepare_activation(activation: nn.Module) -> None:
-    for name, form in GELU_FORMS.items():
-        if type(activation) is type(ACT2FN[name]):
-            _become(activation, GELU, form=form)
-            return
+            _become(base, Linear, example.attention.query_key_value)
 
 
 def _choose(module: nn.Module, kernels: Backend, skip_logits: bool) -> None:
