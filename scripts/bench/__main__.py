@@ -23,7 +23,7 @@ from scripts.bench import report
 from scripts.bench.ceilings import measure_ceilings
 from scripts.bench.chart import draw
 from scripts.bench.floors import Shapes
-from scripts.bench.measure_ops import bounds, check_accuracy, time_case
+from scripts.bench.measure_ops import bounds, check_accuracy, clear, time_case
 from scripts.bench.ops import CASES, Case
 from scripts.bench.optimizer_ops import check_adamw, optimizer_bounds, parameter_shapes, time_optimizer
 from scripts.bench.rounds import Plan, measure_size
@@ -71,6 +71,7 @@ class Bench:
 
     def ceilings(self) -> None:
         self.add({"ceilings": measure_ceilings(self.device)})
+        clear(self.device)
         print({name: round(value) for name, value in self.document["ceilings"].items()}, flush=True)
 
     def accuracy(self) -> None:

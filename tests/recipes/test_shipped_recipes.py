@@ -29,7 +29,17 @@ def test_loads_and_dry_runs_without_a_network(name, monkeypatch):
 # Parameters, layers, width and batch as published: EleutherAI/pythia models/*.yml, gpt-neox configs/20B.yml.
 PUBLISHED = {
     "pythia_160m.yaml": ("162,322,944", "2,097,152", "299,892,736,000 in 143,000 steps", 6e-4, 6e-5, 0.1, "pythia"),
+    "pythia_410m.yaml": ("405,334,016", "2,097,152", "299,892,736,000 in 143,000 steps", 3e-4, 3e-5, 0.1, "pythia"),
     "pythia_1.4b.yaml": ("1,414,647,808", "2,097,152", "299,892,736,000 in 143,000 steps", 2e-4, 2e-5, 0.1, "pythia"),
+    "pythia_6.9b.yaml": (
+        "6,857,302,016",
+        "2,097,152",
+        "299,892,736,000 in 143,000 steps",
+        1.2e-4,
+        1.2e-5,
+        0.1,
+        "pythia",
+    ),
     "neox_20b.yaml": ("20,554,567,680", "3,145,728", "471,859,200,000 in 150,000 steps", 9.7e-5, 9.7e-6, 0.01, "every"),
 }
 

@@ -1,6 +1,7 @@
 """The benchmark's turns of a training step: ours and peers, in this process and in their own."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -46,7 +47,7 @@ def test_unknown_variants_are_refused(name):
         parse_variant(name)
 
 
-@pytest.mark.parametrize("variant", ["ours-bf16", "ours-pure_bf16-selective", "ours-fp32-torch"])
+@pytest.mark.parametrize("variant", ["ours-bf16", "ours-pure_bf16-selective-torch"])
 def test_a_turn_of_ours(variant):
     result = turns_of(TINY, parse_variant(variant), CPU).turn(SHORT)
     assert len(result["step_ms"]) == 2
@@ -115,12 +116,30 @@ def test_a_worker_takes_turns_until_stdin_ends(monkeypatch, capsys):
 
 
 def test_a_clock_warms_up_and_then_counts(monkeypatch):
-    now = iter(range(100))
+    monkeypatch.setattr("scripts.bench.timing.Laps.mark", lambda self: self._marks.append(0.0))
+    now = iter([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     clock = TurnClock(TurnLength(warm_seconds=2, seconds=3, warm_steps=1, steps=2))
-    over = [clock.is_over_after_step() for _ in range(6)]
-    assert over == [False, False, False, False, False, True]
+    assert [clock.is_over_after_step() for _ in range(6)] == [False, False, False, False, False, True]
     assert len(clock.result(1.0)["step_ms"]) == 3
+
+
+def test_a_compiled_peer_compiles_once_for_all_its_turns(monkeypatch):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    turns = turns_of(TINY, parse_variant("fixed-bf16"), CPU)
+    turns.turn(SHORT)
+    compiled = len(graphs)
+    attention = [node for graph in graphs for node in graph.graph.nodes if "scaled_dot" in str(node.target)]
+    assert len(attention) == TINY.config().num_hidden_layers
+    assert all(node.kwargs["is_causal"] and node.kwargs["attn_mask"] is None for node in attention)
+    turns.turn(SHORT)
+    assert len(graphs) == compiled
 
 
 class Scripted:
