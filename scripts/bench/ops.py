@@ -1,9 +1,5 @@
 """The table of ops: how each is called here, in torch and by Liger; what it has to do; what is owed on one H200."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,42 +8,12 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from neox_hf import kernels
 from neox_hf.kernels.qkv_gradient import HANDED_OVER, heads
 from scripts.bench import liger
+from scripts.bench.case import Case, streams, wides
 from scripts.bench.floors import HEAD_PRODUCTS, Shapes, Work
 from scripts.bench.inputs import Inputs, Random
+from scripts.bench.other_ops import OTHERS
 
 EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row.
-
-    make: its inputs. torch: plain torch, which in fp64 is the truth too. ours: takes `backend` as well.
-    forward, both: work of the forward pass, and of forward and backward. targets: ms for the two, where any is owed.
-    compiled: what `torch.compile` is given, if not `torch`. liger: makes Liger's, where it has the op.
-    timed: implementations; Liger's is not captured, for its losses ask the device for a number.
-    """
-
-    name: str
-    make: Callable[[Shapes, Random], Inputs]
-    torch: Callable[..., Any]
-    ours: Callable[..., Any]
-    forward: Callable[[Shapes], Work]
-    both: Callable[[Shapes], Work]
-    targets: tuple[float | None, float | None] = (None, None)
-    compiled: Callable[..., Any] | None = None
-    liger: Callable[[], Callable[..., Any]] | None = None
-    timed: tuple[str, ...] = ("ours", "torch", "liger", "compile")
-
-
-def streams(reads_and_writes: int) -> Callable[[Shapes], Work]:
-    """Work that moves so many tensors [tokens, hidden]."""
-    return lambda s: Work(moved=reads_and_writes * s.stream)
-
-
-def wides(reads_and_writes: int) -> Callable[[Shapes], Work]:
-    """Work that moves so many tensors [tokens, inner]."""
-    return lambda s: Work(moved=reads_and_writes * s.wide)
 
 
 def norm_inputs(s: Shapes, random: Random, rows: int, affines: int, outputs: int) -> Inputs:
@@ -278,4 +244,4 @@ LOSSES = (
     ),
 )
 
-CASES: tuple[Case, ...] = (*NORMS, *ROTARY, *ATTENTION, *ACTIVATIONS, *LOSSES)
+CASES: tuple[Case, ...] = (*NORMS, *ROTARY, *ATTENTION, *ACTIVATIONS, *LOSSES, *OTHERS)
