@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from neox_hf.kernels.fp8_format import E4M3, E5M2
 from neox_hf.kernels.fp8_linear import Fp8Linear, fp8_linear, reason_against_fp8, slot_dtypes
@@ -84,6 +85,24 @@ def test_both_halves_of_a_parallel_block_take_one_gradient():
     halves = [run(layer, state, x) for layer, state in zip(layers, states, strict=True)]
     (residual_add(x, *halves, backend="triton") * torch.randn(20, 32)).sum().backward()
     assert sorted(float(state.gradient.amax) > 0 for state in states) == [False, True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_is_the_same(reentrant):
+    table, state, layer = a_linear()
+    x = torch.randn(20, 32, requires_grad=True)
+    for _ in range(2):
+        y = run(layer, state, x)
+        again = checkpoint(lambda x: run(layer, state, x), x, use_reentrant=reentrant)
+        assert torch.equal(y, again)
+        leaves = x, layer.weight, layer.bias
+        made = []
+        for each in (y, again):
+            each.square().sum().backward()
+            made.append([leaf.grad for leaf in leaves])
+            x.grad = layer.weight.grad = layer.bias.grad = None
+        assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+        table.advance()
 
 
 def test_a_compiler_leaves_it_alone():
