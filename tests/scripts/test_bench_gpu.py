@@ -29,7 +29,6 @@ def test_both_ways_to_take_a_time_agree():
     assert queued.ms == pytest.approx(captured.ms, rel=0.25)
 
 
-def test_what_asks_the_device_is_timed_all_the_same():
+def test_what_asks_the_device_is_timed_without_a_graph():
     x = torch.randn(1024, 1024, device="cuda")
-    timing = op_ms(lambda: x.sum().item())
-    assert timing.how.startswith("queue, for capture failed")
+    assert op_ms(lambda: x.sum().item(), captured=False).ms > 0
