@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from neox_hf.checkpoint.settings import HubSettings
 from neox_hf.config import Problem
 from neox_hf.data.settings import DataSettings, SourceSettings, TokenizerSettings
-from neox_hf.kernels import OPS
+from neox_hf.kernels.language import runs_on
 from neox_hf.modeling.initialization import INIT_METHODS
 from neox_hf.modeling.presets import PRESETS
 from neox_hf.modeling.settings import NEED_NO_NEW_WEIGHTS, ModelSettings
@@ -108,9 +108,9 @@ def _model_backend_problems(model: ModelSettings) -> Iterator[Problem]:
     elif attention is not None and (package := missing_for_attention(attention)):
         message = f"needs the package {package}, which is not installed; install it, or use sdpa"
         yield Problem(("model", "attn_implementation"), attention, message)
-    without = [op.name for op in OPS if op.triton is None]
-    if model.kernels == "triton" and without:
-        message = f"this release has no Triton kernel for {', '.join(without)}; use auto"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model.kernels == "triton" and not runs_on(device):
+        message = "kernels run on CUDA, which this host has not; use auto, which takes torch's references there"
         yield Problem(("model", "kernels"), model.kernels, message)
 
 

@@ -1,10 +1,10 @@
 """Every message about a value in a recipe: its range, its section, and how it goes with the others."""
 
 import pytest
+import torch
 from transformers.training_args import OptimizerNames
 
 from neox_hf.errors import RecipeError
-from neox_hf.kernels import OPS
 from neox_hf.training.recipe import load_recipe
 from neox_hf.training.recipe_checks import DDP_KEYS, HF_SCHEDULE_KEYS
 from neox_hf.training.recipe_limits import LIMITS
@@ -115,11 +115,6 @@ CASES = [
     ),
     ("model.attn_implementation=spda", 'model.attn_implementation = "spda": is unknown; did you mean sdpa?'),
     ("model.kernels=tritn", 'model.kernels = "tritn": wants one of auto, triton, torch or null; did you mean triton?'),
-    (
-        "model.kernels=triton",
-        'model.kernels = "triton": this release has no Triton kernel for '
-        f"{', '.join(op.name for op in OPS if op.triton is None)}; use auto",
-    ),
     ("model.num_attention_heads=5", f"model.num_attention_heads = 5: {UNEVEN}"),
     ("model.rotary_pct=0.2", f"model.rotary_pct = 0.2: rotates 3 {ROTATED}"),
     ("model.rotary_pct=0.01", f"model.rotary_pct = 0.01: rotates 0 {ROTATED}"),
@@ -218,6 +213,13 @@ CASES = [
 @pytest.mark.parametrize(("override", "message"), CASES, ids=[override for override, _ in CASES])
 def test_one_wrong_value(base, override, message):
     assert message in refusal(base, override)
+
+
+def test_kernels_need_cuda(base, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = 'model.kernels = "triton": kernels run on CUDA, which this host has not; use auto'
+    assert message in refusal(base, "model.kernels=triton")
 
 
 PAIRS = [
