@@ -54,7 +54,7 @@ def flash(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", stand_in)
-    monkeypatch.setattr(attention_module, "attention_backend", lambda *_: "flash_attention_4")
+    monkeypatch.setattr(attention_module, "flash_attention_4_head_sizes", lambda *_: frozenset(range(257)))
     return stand_in
 
 
@@ -214,3 +214,11 @@ def test_agrees_with_sdpa_told_nothing_else():
     query, key, value = views()
     wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.2).transpose(1, 2)
     assert torch.equal(causal_attention(query, key, value, scale=0.2), wanted)
+
+
+def test_compiles_for_any_head_size():
+    attend = torch.compile(
+        lambda q: causal_attention(q, q, q, scale=1.0).sum(), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for size in (32, 64):
+        assert attend(torch.ones(1, 2, 8, size)) == 2 * 8 * size
