@@ -101,8 +101,11 @@ class NativeEngine(OptimizerBoxes):
         return DataParallel(self.trainer.accelerator.prepare_model(model, evaluation_mode=True))
 
     def begin(self) -> None:
-        """Products sum their weights' gradients where no one listens to autograd's own sums, as torch's DDP does."""
-        if self.trainer.accelerator.distributed_type == DistributedType.NO and not self.trainer.args.numeric.autocast:
+        """Products sum their weights' gradients where no one listens to autograd's own sums, as torch's DDP does. On a
+        CPU that would be slower than autograd."""
+        args = self.trainer.args
+        alone = self.trainer.accelerator.distributed_type == DistributedType.NO
+        if alone and not args.numeric.autocast and args.device.type != "cpu":
             for parameter in self.trainer.model.parameters():
                 sum_in(parameter, SumInGrad())
 
@@ -110,12 +113,14 @@ class NativeEngine(OptimizerBoxes):
         return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)
 
     def _only_loss(self) -> dict[str, bool]:
-        """Logits are made where somebody reads them: HF's label smoothing, or a loss function of the user's."""
+        """Logits are made where somebody reads them: HF's label smoothing, or a loss function of the user's. And on a
+        CPU, where they are faster and memory is not what runs out."""
         trainer = self.trainer
         reads_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
         replaced = type(trainer).compute_loss is not Trainer.compute_loss
         ours = isinstance(trainer.accelerator.unwrap_model(trainer.model), GPTNeoXForCausalLM)
-        return {"skip_logits": True} if ours and not reads_logits and not replaced else {}
+        on_cpu = trainer.args.device.type == "cpu"
+        return {"skip_logits": True} if ours and not (reads_logits or replaced or on_cpu) else {}
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
         norm = None
