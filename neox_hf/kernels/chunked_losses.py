@@ -19,6 +19,7 @@ from neox_hf.kernels.vocabulary_share import (
     log_softmax_over_ranks,
     logits_gradient,
 )
+from neox_hf.kernels.weight_gradient import add_product_
 
 LOGITS_AT_ONCE = 2**27
 """Logits in one chunk of the reference: 12.3 bytes each were measured on a GPU in bf16, 1.7 GB of working memory."""
@@ -59,20 +60,6 @@ def default_chunk(tokens: int, rows: int, logits_at_once: int = LOGITS_AT_ONCE) 
 
 def _quotient_above(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True) -> None:
-    """total [V, H] += a^T b for a [C, V] and b [C, H], summed in the dtype of `total`, at least as wide as theirs.
-
-    keep: whether there is something in `total` yet.
-    """
-    beta = 1 if keep else 0
-    if total.dtype == a.dtype:
-        total.addmm_(a.t(), b, beta=beta)
-    elif total.is_cuda:
-        torch.addmm(total, a.t(), b, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
