@@ -47,38 +47,40 @@ class Fp8Weight:
     weight was written to or replaced.
     """
 
-    def __init__(self, slot: ScaleSlot) -> None:
+    def __init__(self, slot: ScaleSlot, backend: str = "auto") -> None:
         self.slot = slot
+        self.backend = backend
         self._made_of: tuple[int, ...] | None = None
         self._made: Fp8Tensor | None = None
 
-    def of(self, weight: Tensor, backend: str = "auto") -> Fp8Tensor:
+    def of(self, weight: Tensor) -> Fp8Tensor:
         made_of = (weight.data_ptr(), weight._version, self.slot.table.epoch)
         if self._made is None or made_of != self._made_of:
-            self.refresh(weight, backend)
+            self.refresh(weight)
         return self._made
 
     @torch.no_grad()
-    def refresh(self, weight: Tensor, backend: str = "auto") -> None:
-        """Make it now, as before the replay of a graph that holds only what follows."""
+    def refresh(self, weight: Tensor) -> None:
+        """Make it now: in time for a graph that reads it, but does not make it."""
         if self._made is None or self._made.rows.device != weight.device:
             rows, columns = weight.shape
             self._rows = empty_fp8(rows, columns, self.slot.dtype, weight.device)
             self._columns = empty_fp8(columns, padded(rows), self.slot.dtype, weight.device)
         source = weight.detach()
         scale, inverse = self.slot.for_values(source)
-        FP8_CAST.choose(backend, source)(source, scale, self.slot.amax, self._rows, self._columns, None)
+        FP8_CAST.choose(self.backend, source)(source, scale, self.slot.amax, self._rows, self._columns, None)
         self._made = Fp8Tensor(self._rows, self._columns, inverse)
         self._made_of = (weight.data_ptr(), weight._version, self.slot.table.epoch)
 
 
 class Fp8Linear:
-    """What one linear needs beside its parameters."""
+    """What one linear needs beside its parameters. backend: who casts for it."""
 
-    def __init__(self, table: Fp8Scales, name: str) -> None:
+    def __init__(self, table: Fp8Scales, name: str, backend: str = "auto") -> None:
+        self.backend = backend
         self.input = table.slots[f"{name}.input"]
         self.gradient = table.slots[f"{name}.gradient"]
-        self.weight = Fp8Weight(table.slots[f"{name}.weight"])
+        self.weight = Fp8Weight(table.slots[f"{name}.weight"], backend)
 
 
 @dataclass(frozen=True)
@@ -103,52 +105,46 @@ class GradientTaker:
     def operand(self) -> Tensor:
         return self.weight if self.total is None else self.weight.detach()
 
-    def take(self, gradient: Fp8Tensor, x: Fp8Tensor, backend: str) -> Tensor | None:
+    def take(self, gradient: Fp8Tensor, x: Fp8Tensor) -> Tensor | None:
         """gradient^T x [out, in], made from columns, if autograd wants it; else it is added to the sum."""
         if not self.wanted:
             return None
         factors = (gradient.columns, x.columns, gradient.inverse, x.inverse)
         if self.total is None:
-            return fp8_product(*factors, gradient_dtype(self.weight), backend=backend)
-        self.total.add_by(
-            self.weight, lambda total, keep: add_fp8_product_(total, *factors, keep=keep, backend=backend)
-        )
+            return fp8_product(*factors, gradient_dtype(self.weight))
+        self.total.add_by(self.weight, lambda total, keep: add_fp8_product_(total, *factors, keep=keep))
         return None
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, _: Tensor, bias: Tensor | None, taker: GradientTaker, state: Fp8Linear, backend: str
-    ) -> Tensor:
-        x8, _ = fp8_cast(x.flatten(0, -2), state.input, columns=taker.wanted, backend=backend)
-        weight8 = state.weight.of(taker.weight, backend)
-        ctx.taker, ctx.state, ctx.backend = taker, state, backend
+    def forward(ctx: Any, x: Tensor, _: Tensor, bias: Tensor | None, taker: GradientTaker, state: Fp8Linear) -> Tensor:
+        x8, _ = fp8_cast(x.flatten(0, -2), state.input, columns=taker.wanted, backend=state.backend)
+        weight8 = state.weight.of(taker.weight)
+        ctx.taker, ctx.state = taker, state
         ctx.sum_dtype = gradient_dtype(bias) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x8.columns, x8.inverse, weight8.columns, weight8.inverse)
-        y = fp8_product(
-            x8.rows, weight8.rows, x8.inverse, weight8.inverse, x.dtype, bias=bias, fast=True, backend=backend
-        )
+        y = fp8_product(x8.rows, weight8.rows, x8.inverse, weight8.inverse, x.dtype, bias=bias, fast=True)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         columns, inverse, weight_columns, weight_inverse = ctx.saved_tensors
-        taker, backend, wants_x = ctx.taker, ctx.backend, ctx.needs_input_grad[0]
+        taker, state, wants_x = ctx.taker, ctx.state, ctx.needs_input_grad[0]
         dy8, dbias = cast_gradient(
             dy,
-            ctx.state.gradient,
+            state.gradient,
             rows=wants_x,
             columns=taker.wanted,
             sum_dtype=ctx.sum_dtype,
-            backend=backend,
+            backend=state.backend,
         )
         dx = None
         if wants_x:
-            dx = fp8_product(dy8.rows, weight_columns, dy8.inverse, weight_inverse, dy.dtype, backend=backend)
+            dx = fp8_product(dy8.rows, weight_columns, dy8.inverse, weight_inverse, dy.dtype)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        return dx, taker.take(dy8, Fp8Tensor(None, columns, inverse), backend), dbias, None, None, None
+        return dx, taker.take(dy8, Fp8Tensor(None, columns, inverse)), dbias, None, None
 
 
 def check_fits(x: Tensor, weight: Tensor) -> None:
@@ -163,7 +159,7 @@ def check_fits(x: Tensor, weight: Tensor) -> None:
 
 
 @torch.compiler.disable  # what is remembered from step to step is no part of a graph
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Fp8Linear, *, backend: str = "auto") -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Fp8Linear) -> Tensor:
     """x weight^T + bias in eight bits, for training: every call counts for the scales of the steps to come.
 
     Raises:
@@ -171,4 +167,4 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Fp8Linear,
     """
     check_fits(x, weight)
     taker = GradientTaker.of(weight, x)
-    return _Fp8Linear.apply(x, taker.operand, bias, taker, state, backend)
+    return _Fp8Linear.apply(x, taker.operand, bias, taker, state)

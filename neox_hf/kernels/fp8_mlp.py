@@ -35,17 +35,14 @@ class _Fp8Mlp(torch.autograd.Function):
         form: str,
         takers: tuple[GradientTaker, GradientTaker],
         states: tuple[Fp8Linear, Fp8Linear],
-        backend: str,
     ) -> Tensor:
-        (first, second), (up, down) = states, takers
+        (first, second), (up, down), backend = states, takers, states[0].backend
         x8, _ = fp8_cast(x.flatten(0, -2), first.input, columns=up.wanted, backend=backend)
-        up8, down8 = first.weight.of(up.weight, backend), second.weight.of(down.weight, backend)
-        z = fp8_product(x8.rows, up8.rows, x8.inverse, up8.inverse, x.dtype, fast=True, backend=backend)
+        up8, down8 = first.weight.of(up.weight), second.weight.of(down.weight)
+        z = fp8_product(x8.rows, up8.rows, x8.inverse, up8.inverse, x.dtype, fast=True)
         y8 = gelu_to_fp8(z, up_bias, form, second.input, backend=backend)
-        out = fp8_product(
-            y8.rows, down8.rows, y8.inverse, down8.inverse, x.dtype, bias=down_bias, fast=True, backend=backend
-        )
-        ctx.form, ctx.takers, ctx.states, ctx.backend = form, takers, states, backend
+        out = fp8_product(y8.rows, down8.rows, y8.inverse, down8.inverse, x.dtype, bias=down_bias, fast=True)
+        ctx.form, ctx.takers, ctx.states = form, takers, states
         biases, wanted = (up_bias, down_bias), (ctx.needs_input_grad[2], ctx.needs_input_grad[4])
         ctx.sum_dtypes = [gradient_dtype(bias) if wants else None for bias, wants in zip(biases, wanted, strict=True)]
         ctx.save_for_backward(
@@ -57,21 +54,21 @@ class _Fp8Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         columns, inverse, z, up_bias, up_columns, up_inverse, down_columns, down_inverse = ctx.saved_tensors
-        (first, second), (up, down), backend = ctx.states, ctx.takers, ctx.backend
+        (first, second), (up, down), backend = ctx.states, ctx.takers, ctx.states[0].backend
         dout8, ddown_bias = cast_gradient(
             dout, second.gradient, rows=True, columns=down.wanted, sum_dtype=ctx.sum_dtypes[1], backend=backend
         )
-        dy = fp8_product(dout8.rows, down_columns, dout8.inverse, down_inverse, dout.dtype, backend=backend)
+        dy = fp8_product(dout8.rows, down_columns, dout8.inverse, down_inverse, dout.dtype)
         dz8, y8, dup_bias = gelu_backward_to_fp8(
             dy, z, up_bias, ctx.form, first.gradient, second.input, ctx.sum_dtypes[0], backend=backend
         )
-        ddown = down.take(dout8, y8, backend)
+        ddown = down.take(dout8, y8)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = fp8_product(dz8.rows, up_columns, dz8.inverse, up_inverse, dout.dtype, backend=backend)
+            dx = fp8_product(dz8.rows, up_columns, dz8.inverse, up_inverse, dout.dtype)
             dx = dx.view(*dout.shape[:-1], dx.shape[-1])
-        dup = up.take(dz8, Fp8Tensor(None, columns, inverse), backend)
-        return dx, dup, dup_bias, ddown, ddown_bias, None, None, None, None
+        dup = up.take(dz8, Fp8Tensor(None, columns, inverse))
+        return dx, dup, dup_bias, ddown, ddown_bias, None, None, None
 
 
 @torch.compiler.disable  # what is remembered from step to step is no part of a graph
@@ -83,8 +80,6 @@ def fp8_mlp(
     down_bias: Tensor | None,
     form: str,
     states: tuple[Fp8Linear, Fp8Linear],
-    *,
-    backend: str = "auto",
 ) -> Tensor:
     """gelu(x up^T + up_bias) down^T + down_bias; form: `erf` or `tanh`; states: of up and of down.
 
@@ -99,4 +94,4 @@ def fp8_mlp(
     check_fits(up.t(), down)
     takers = GradientTaker.of(up, x), GradientTaker.of(down, x)
     operands = [taker.operand for taker in takers]
-    return _Fp8Mlp.apply(x, operands[0], up_bias, operands[1], down_bias, form, takers, states, backend)
+    return _Fp8Mlp.apply(x, operands[0], up_bias, operands[1], down_bias, form, takers, states)

@@ -29,10 +29,9 @@ def fp8_product(
     *,
     bias: Tensor | None = None,
     fast: bool = False,
-    backend: str = "auto",
 ) -> Tensor:
-    """a b^T in `dtype`, fp32 or bf16; at most one of a and b is e5m2. `backend="torch"` is the reference anywhere."""
-    if not _on_tensor_cores(a, backend):
+    """a b^T in `dtype`, fp32 or bf16; at most one of a and b is e5m2."""
+    if not _on_tensor_cores(a):
         return fp8_product_reference(a, b, inverse_a, inverse_b, dtype, bias)
     # cuBLASLt adds a bias to half precision alone.
     inside = bias is not None and dtype != torch.float32
@@ -56,18 +55,17 @@ def add_fp8_product_(
     inverse_b: Tensor,
     *,
     keep: bool = True,
-    backend: str = "auto",
 ) -> None:
     """total [M, N] += a b^T, in the dtype of `total`. keep: whether there is something in `total` yet.
 
     cuBLASLt's product adds to nothing in eight bits, so a sum takes a pass of its own; a first product takes none.
     """
-    if keep or not _on_tensor_cores(a, backend):
-        made = fp8_product(a, b, inverse_a, inverse_b, total.dtype, backend=backend)
+    if keep or not _on_tensor_cores(a):
+        made = fp8_product(a, b, inverse_a, inverse_b, total.dtype)
         total.add_(made) if keep else total.copy_(made)
     else:
         torch._scaled_mm(a, b.t(), scale_a=inverse_a, scale_b=inverse_b, out_dtype=total.dtype, out=total)
 
 
-def _on_tensor_cores(a: Tensor, backend: str) -> bool:
-    return a.is_cuda and backend != "torch" and a.numel() > 0
+def _on_tensor_cores(a: Tensor) -> bool:
+    return a.is_cuda and a.numel() > 0

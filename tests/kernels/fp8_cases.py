@@ -114,14 +114,14 @@ def check_linear(device: str, backend: str, dtype: torch.dtype, sizes: tuple[int
     """
     tokens, inputs, outputs = sizes
     table = Fp8Scales(slot_dtypes(["it"]), device)
-    state = Fp8Linear(table, "it")
+    state = Fp8Linear(table, "it", backend)
     x = torch.randn(2, tokens, inputs, device=device).to(dtype).requires_grad_()
     weight = (0.02 * torch.randn(outputs, inputs, device=device)).to(dtype).requires_grad_()
     bias = torch.randn(outputs, device=device).to(dtype).requires_grad_()
     dy = (1e-5 * torch.randn(2, tokens, outputs, device=device)).to(dtype)
     for _ in range(2 if delayed else 1):
         x.grad = weight.grad = bias.grad = None
-        y = fp8_linear(x, weight, bias, state, backend=backend)
+        y = fp8_linear(x, weight, bias, state)
         y.backward(dy)
         table.advance()
     assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (dtype, dtype, dtype)
@@ -138,7 +138,7 @@ def check_mlp(device: str, backend: str, dtype: torch.dtype, sizes: tuple[int, i
     """The fused layer, scaled by a step before, is as near to the truth as its eight-bit factors let it be."""
     tokens, hidden, inner = sizes
     table = Fp8Scales(slot_dtypes(["up", "down"]), device)
-    states = Fp8Linear(table, "up"), Fp8Linear(table, "down")
+    states = Fp8Linear(table, "up", backend), Fp8Linear(table, "down", backend)
     x = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
     up, down = ((0.1 * torch.randn(size, device=device)).to(dtype) for size in ((inner, hidden), (hidden, inner)))
     biases = [(0.1 * torch.randn(size, device=device)).to(dtype) for size in (inner, hidden)]
@@ -147,7 +147,7 @@ def check_mlp(device: str, backend: str, dtype: torch.dtype, sizes: tuple[int, i
     for _ in range(2):
         for each in given:
             each.grad = None
-        out = fp8_mlp(*given, form, states, backend=backend)
+        out = fp8_mlp(*given, form, states)
         out.backward(dout)
         table.advance()
     exact = [each.detach().double().requires_grad_() for each in given]
