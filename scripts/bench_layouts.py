@@ -4,8 +4,9 @@
         --layouts data=1 data=2 tensor=2 pipeline=2 pipeline=2,compiled --against ddp ddp,compiled pipeline,compiled
 
 A layout is sizes and switches, joined by commas: `data`, `tensor`, `pipeline`, `zero` (the ZeRO stage), `sequence`,
-`compiled`, `micro` (another micro-batch). The first one is what the others' losses are compared with. All start from
-the same weights and see the same samples. Peers (`layout_peers.py`) run on as many devices as the largest layout.
+`compiled`, `graphs` (CUDA graphs of the layers; `graphs=0`: none), `micro` (another micro-batch). The first one is what
+the others' losses are compared with. All start from the same weights and see the same samples. Peers
+(`layout_peers.py`) run on as many devices as the largest layout.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from neox_hf.training.recipe import load_recipe
 
 PEERS = Path(__file__).with_name("layout_peers.py")
 SIZES = ("data", "tensor", "pipeline", "zero", "micro")
+SWITCHES = ("sequence", "compiled", "graphs", "ddp")
 PEER_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -45,7 +47,7 @@ def parse_layout(text: str) -> dict[str, int]:
     layout = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in (*SIZES, "sequence", "compiled", "ddp"):
+        if name not in (*SIZES, *SWITCHES):
             raise SystemExit(f"{part!r} in {text!r} is no size or switch of a layout")
         layout[name] = int(value or 1)
     return layout
@@ -62,6 +64,7 @@ def overrides_of(layout: dict[str, int], options: argparse.Namespace, folder: Pa
         f"parallel.sequence={str(bool(layout.get('sequence'))).lower()}",
         f"parallel.zero_stage={layout.get('zero', 0)}",
         f"train.torch_compile={str(bool(layout.get('compiled'))).lower()}",
+        f"train.cuda_graphs={str(bool(layout['graphs'])).lower() if 'graphs' in layout else 'auto'}",
         f"train.per_device_train_batch_size={layout.get('micro', options.micro_batch)}",
         f"train.global_batch_size={options.global_batch}",
         f"train.max_steps={options.steps}",

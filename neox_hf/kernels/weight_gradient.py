@@ -29,6 +29,13 @@ class GradientSum(Protocol):
     def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
         """Have `add` add a product that it knows the factors of."""
 
+    def total(self, weight: nn.Parameter) -> Tensor:
+        """Where gradients of `weight` are summed, in its shape. From now on it counts as having one."""
+
+    def resume(self, weight: nn.Parameter, total: Tensor) -> bool:
+        """See that they are summed in `total`, which `total()` has given in an earlier step; true if what lies there is
+        of no account and has to be zeroed."""
+
 
 class SumInGrad:
     """Sums in `weight.grad`, of the dtype that `weight.grad_dtype` says, hooks called as autograd calls them."""
@@ -42,6 +49,17 @@ class SumInGrad:
             weight.grad = self.place_for(weight)
         add(weight.grad, not fresh)
         _call_hooks(weight)
+
+    def total(self, weight: nn.Parameter) -> Tensor:
+        if weight.grad is None:
+            weight.grad = self.place_for(weight).zero_()
+        return weight.grad
+
+    def resume(self, weight: nn.Parameter, total: Tensor) -> bool:
+        before, weight.grad = weight.grad, total
+        if before is not None and before is not total:
+            total.copy_(before)
+        return before is None
 
     def place_for(self, weight: nn.Parameter) -> Tensor:
         """Where the gradient comes to lie; what is there now does not count."""

@@ -17,12 +17,16 @@ from neox_hf.modeling.attention import GPTNeoXAttention
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import initialize_matrix
 from neox_hf.modeling.layer import GPTNeoXLayer
+from neox_hf.modeling.layer_graphs import LayerGraphs
 from neox_hf.modeling.masks import causal_mask, flash_documents
 from neox_hf.modeling.norms import GPTNeoXLayerNorm
 from neox_hf.modeling.positions import GPTNeoXRotaryEmbedding
 from neox_hf.parallel import TensorRegion, Topology, vocabulary_embedding
 
 logger = logging.getLogger(__name__)
+
+FOR_THE_LOSS = frozenset({"shift_labels", "num_items_in_batch"})
+"""Arguments of a forward pass that pass through the layers unread."""
 
 
 class GPTNeoXPreTrainedModel(PreTrainedModel):
@@ -72,9 +76,13 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
     `forward` is `embed`, `run_layers`, `finish`. Between them hidden states are [B, S, H], replicated in the tensor
     group; but with `topology.sequence` and in training mode each rank has its part of the sequence, [B, S / tensor, H].
 
+    graphs: runs the layers in training, where somebody has made it; see `layer_graphs.py`.
+
     Raises:
         TopologyError: the heads or intermediate_size do not divide by the tensor size.
     """
+
+    graphs: LayerGraphs | None = None
 
     def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
         super().__init__(config)
@@ -154,6 +162,31 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         **kwargs: Any,
     ) -> tuple[Tensor, Cache | None]:
         """Hidden states [B, S, H] after `layers`, and the cache. Arguments as for `forward`."""
+        given = (attention_mask, position_ids, past_key_values, use_cache or None)
+        plain = all(each is None for each in given) and kwargs.keys() <= FOR_THE_LOSS
+        if plain and self.graphs is not None and self.graphs.take(layers, hidden_states):
+            return self.graphs(lambda states: self._run_layers(layers, states)[0], hidden_states), None
+        return self._run_layers(
+            layers,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _run_layers(
+        self,
+        layers: Iterable[GPTNeoXLayer],
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Cache | None]:
         # Masks and angles, made once for all layers, read no values of it.
         whole = self.region.in_mode(self.training).with_whole_sequence(hidden_states)
         # From what the caller gave: a cache made below is empty and changes no mask.

@@ -18,6 +18,8 @@ class NeoXTrainingArguments(TrainingArguments):
         a dynamic loss scale; DeepSpeed on CUDA alone). `auto` is bf16 on CUDA and fp32 elsewhere.
     activation_checkpointing: what the backward pass computes again: `none`, `full` blocks, or, `selective`, what is
         cheap to compute and large to keep. `true` and `false` are transformers' words for `full` and `none`.
+    cuda_graphs: run the layers as CUDA graphs, one launch for all of them each way, for devices that are faster than
+        the host asks for kernels. `auto`: where a tensor group shares the layers.
     lr_decay_style: GPT-NeoX schedule; when set it replaces `lr_scheduler_type`.
     lr_warmup_fraction: warm-up, as a fraction of `lr_decay_steps`. min_lr: floor of the schedule.
     lr_decay_steps: steps over which the rate decays; `max_steps` when unset.
@@ -31,6 +33,7 @@ class NeoXTrainingArguments(TrainingArguments):
 
     precision: Literal["auto", "fp32", "amp", "bf16", "pure_bf16", "fp16"] = "auto"
     activation_checkpointing: Literal["none", "full", "selective"] | bool | None = None
+    cuda_graphs: Literal["auto"] | bool = "auto"
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] | None = None
     lr_warmup_fraction: float = 0.01
     lr_decay_steps: int | None = None

@@ -20,13 +20,16 @@ class SumInMasterGradient:
     index: int
 
     def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        add_product_(self._sum(weight), gradient, x)
+        add_product_(self.total(weight), gradient, x)
 
     def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
-        add(self._sum(weight), True)
+        add(self.total(weight), True)
 
-    def _sum(self, weight: nn.Parameter) -> Tensor:
-        """Where the gradient of `weight` is summed, in its shape. The optimizer is told that there is one."""
+    def resume(self, weight: nn.Parameter, total: Tensor) -> bool:
+        self.total(weight)  # the optimizer keeps its sums where they are, and zeroes them
+        return False
+
+    def total(self, weight: nn.Parameter) -> Tensor:
         flat = self.optimizer.fp32_groups_gradients[self.group][self.index]
         # What the optimizer notes when a gradient reaches it in its own way.
         weight._hp_grad = flat

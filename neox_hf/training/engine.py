@@ -18,6 +18,7 @@ from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from neox_hf.parallel.shards import shards_of
 from neox_hf.training.fused_adamw import FusedAdamW
+from neox_hf.training.graphs import graph_layers
 from neox_hf.training.label_weights import WeighedBatches
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class NativeEngine(OptimizerBoxes):
         if alone and not args.numeric.autocast and args.device.type != "cpu":
             for parameter in self.trainer.model.parameters():
                 sum_in(parameter, SumInGrad())
+            graph_layers(self.trainer.model, None, args, self.topology)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)

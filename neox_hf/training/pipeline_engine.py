@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
 from accelerate.utils.memory import clear_device_cache
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine as Driver
 from torch import Tensor, nn
 from transformers import Trainer
@@ -24,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from neox_hf.data import EvaluationBatches
 from neox_hf.modeling.stage import Stage
 from neox_hf.training.deepspeed_optimizer import DeepSpeedOptimizer
+from neox_hf.training.graphs import graph_layers
 from neox_hf.training.label_weights import count_labels
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
@@ -55,6 +57,11 @@ class PipelineEngine(DeepSpeedOptimizer):
             module = StageModule(self.stage, self.topology)
         self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
         return self.driver
+
+    def begin(self) -> None:
+        super().begin()
+        if isinstance(self.optimizer, BF16_Optimizer):
+            graph_layers(self.trainer.model, self.stage.layers, self.trainer.args, self.topology)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Collect the micro-batch; with the last of a step, train on all of them.
