@@ -48,7 +48,8 @@ class Job(NamedTuple):
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
-"""Sum of the losses and, as far as wanted, its gradients in hidden [N, H] and, in fp32, in weight [V, H]."""
+"""Sum of the losses and, as far as wanted, its gradients in hidden [N, H] and in weight [V, H]. Both in fp32, but that
+hidden's has its own dtype where a factor makes it final."""
 
 
 def default_chunk(tokens: int, rows: int, logits_at_once: int = LOGITS_AT_ONCE) -> int:
@@ -74,7 +75,7 @@ def chunked_losses(
     """The plain-torch reference. Gradients come times `factor`, where given, and the weight's is added to `into`."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     total = torch.zeros((), dtype=precise, device=hidden.device)
-    for_hidden = torch.empty_like(hidden) if job.wanted[0] else None
+    for_hidden = _empty_gradient(hidden, factor) if job.wanted[0] else None
     for_weight = torch.zeros_like(weight, dtype=precise) if job.wanted[1] else None
     for part in _slices(hidden.shape[0], job.chunk):
         ignored = labels[part] == job.ignore_index
@@ -89,12 +90,13 @@ def chunked_losses(
             continue
         logits_gradient(normalised, known, job.share, job.z_loss, out=logits)
         if job.wanted[0]:
-            torch.mm(logits, weight, out=for_hidden[part]).masked_fill_(ignored[:, None], 0)
+            gradient = _product_(torch.empty_like(tokens, dtype=precise), logits, weight)
+            gradient = gradient if factor is None else gradient.mul_(factor)
+            for_hidden[part] = gradient.masked_fill_(ignored[:, None], 0)
         if job.wanted[1]:
             add_product_(for_weight, logits, tokens)
-    for gradient in (for_hidden, for_weight):
-        if factor is not None and gradient is not None:
-            torch.mul(gradient, factor.reshape(1, 1), out=gradient)
+    if factor is not None and for_weight is not None:
+        for_weight *= factor
     if into is not None and for_weight is not None:
         return total, for_hidden, into.add_(for_weight)
     return total, for_hidden, for_weight
@@ -107,14 +109,14 @@ def chunked_losses_kernel(
     tokens, rows = hidden.shape[0], weight.shape[0]
     buffer = _aligned_rows(hidden, min(job.chunk, tokens), rows)
     losses = hidden.new_empty(tokens, dtype=torch.float32)
-    for_hidden = torch.empty_like(hidden) if job.wanted[0] else None
+    for_hidden = _empty_gradient(hidden, factor) if job.wanted[0] else None
     for_weight = _sum_of_products(weight, into, tokens) if job.wanted[1] else None
     for part in _slices(tokens, job.chunk):
         known = labels[part]
         logits = torch.mm(hidden[part], weight.t(), out=buffer[: known.shape[0], :rows])
         _losses_and_gradient_(buffer[: known.shape[0]], known, losses[part], factor, job)
         if job.wanted[0]:
-            torch.mm(logits, weight, out=for_hidden[part])
+            _product_(for_hidden[part], logits, weight)
         if job.wanted[1]:
             add_product_(for_weight, logits, hidden[part], keep=into is not None or part.start > 0)
     return losses.sum(), for_hidden, for_weight
@@ -139,6 +141,21 @@ def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor
     if wanted:
         rows_gradient(logits, labels, highest, sums, logits, factor=factor, **place)
     return None
+
+
+def _product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out [C, H] = a [C, V] b [V, H], rounded to the dtype of `out` alone, which is at least as wide as theirs."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if out.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _empty_gradient(hidden: Tensor, factor: Tensor | None) -> Tensor:
+    """Room for hidden's gradient. One that a factor is still to come to is not rounded before."""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.empty_like(hidden, dtype=precise if factor is None else None)
 
 
 def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -89,7 +89,7 @@ def _(
     nothing = hidden.new_empty
     return (
         nothing((), dtype=precise),
-        torch.empty_like(hidden) if wants_hidden else nothing(0),
+        torch.empty_like(hidden, dtype=precise if factor is None else None) if wants_hidden else nothing(0),
         torch.empty_like(weight, dtype=precise) if wants_weight and into is None else nothing(0),
     )
 
