@@ -11,6 +11,22 @@ which forward passes bear and long sums over tokens need not.
 import torch
 from torch import Tensor
 
+FIRST_CAPABILITY = (8, 9)
+"""Of the first GPUs that multiply in eight bits: Ada, then Hopper at (9, 0)."""
+
+
+def reason_against_device(device: torch.device) -> str | None:
+    """Why eight-bit products cannot be computed on `device`; None if they can. A CPU has the reference."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found >= FIRST_CAPABILITY:
+        return None
+    names = [".".join(map(str, each)) for each in (found, FIRST_CAPABILITY)]
+    return (
+        f"{torch.cuda.get_device_name(device)} has CUDA capability {names[0]}, and eight bits want {names[1]} or above"
+    )
+
 
 def fp8_product_reference(
     a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None

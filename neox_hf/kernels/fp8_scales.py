@@ -10,8 +10,8 @@ magnitudes may exceed the past's 2 to 4 times (margin 1) before they are clamped
 In the step that first uses a slot, nothing is known: there, each tensor is read twice, and scaled by its own values.
 
 Everything lives in a few vectors on the device, one element a slot, so that `advance`, once an optimizer step, is a
-dozen launches for the whole model, without a word to the host; kernels are given views. They may be captured in a CUDA
-graph from the second step on. Source of the recipe: arXiv 2209.05433, section 3.
+dozen launches for the whole model, without a word to the host; kernels are given views. When they may be captured in a
+CUDA graph, `capturable` says. Source of the recipe: arXiv 2209.05433, section 3.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,6 +84,16 @@ class Fp8Scales:
         scale, inverse, amax = (each[index : index + 1] for each in (self.scale, self.inverse, self.amax))
         return ScaleSlot(self, dtype, scale, inverse, amax)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether all that was cast so far is scaled by what steps before have shown.
+
+        Then kernels read scales from memory that stays where it is, and a step may be captured in a CUDA graph, or such
+        a graph replayed. Weights are made outside of it (`Fp8Weight.refresh`), and `advance` is called there.
+        """
+        used = [slot.since for slot in self.slots.values() if slot.since is not None]
+        return bool(used) and max(used) < self.epoch
+
     @torch.no_grad()
     def advance(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """Take this step's magnitudes into the history and make the next step's scales. No backward pass may be due.
@@ -112,8 +122,9 @@ class Fp8Scales:
             slot.since = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Each slot's history [history], fp32, by name: scales follow from it."""
-        return {name: self.history[:, index].clone() for index, name in enumerate(self.slots)}
+        """Each slot's history [history], fp32, by name, on the host: scales follow from it."""
+        history = self.history.t().to("cpu", copy=True)
+        return {name: history[index].clone() for index, name in enumerate(self.slots)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from neox_hf.kernels import BIAS_GELU, bias_gelu
+from neox_hf.kernels.fp8_mlp import fp8_mlp
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
@@ -24,7 +25,16 @@ class GPTNeoXMLP(nn.Module):
         self.act = activation(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self._is_one_op_in_fp8:
+            up, down = self.dense_h_to_4h, self.dense_4h_to_h
+            states = up.fp8, down.fp8
+            return fp8_mlp(hidden_states, up.weight, up.bias, down.weight, down.bias, self.act.form, states)
         return self.dense_4h_to_h(self._activated(hidden_states))
+
+    @property
+    def _is_one_op_in_fp8(self) -> bool:
+        dense = self.dense_h_to_4h, self.dense_4h_to_h
+        return is_bare(self.act, GELU) and all(is_bare(each, Linear) and each.trains_in_fp8 for each in dense)
 
     def _activated(self, hidden_states: Tensor) -> Tensor:
         """act(dense_h_to_4h(x)), the bias added by the activation's kernel: its gradient takes no pass of its own."""

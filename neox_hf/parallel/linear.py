@@ -8,6 +8,7 @@ partial sum, which the caller `leave`s with. Both are constructed with the sizes
 import torch
 from torch import Tensor, nn
 
+from neox_hf.kernels.fp8_linear import Fp8Linear, fp8_linear
 from neox_hf.kernels.linear import linear
 from neox_hf.kernels.weight_gradient import adder_of
 from neox_hf.parallel.overlap import PostponedGradients, enter_ahead_of, gathered_linear, postponing_linear
@@ -16,14 +17,29 @@ from neox_hf.parallel.tensor_region import TensorRegion
 
 
 class Linear(nn.Linear):
-    """torch's linear, computed by `kernels.linear`."""
+    """torch's linear, computed by `kernels.linear`.
+
+    fp8: what it needs to train in eight bits, where it is to (`compute_in_fp8`). What is evaluated is the weights
+    that are saved, in their own precision.
+    """
+
+    fp8: Fp8Linear | None = None
+
+    @property
+    def trains_in_fp8(self) -> bool:
+        return self.fp8 is not None and self.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self._product(x, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T; the bias is left to who adds it in passing."""
-        return linear(x, self.weight)
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.trains_in_fp8:
+            return fp8_linear(x, self.weight, bias, self.fp8)
+        return linear(x, self.weight, bias)
 
 
 def column_linear(in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> nn.Linear:

@@ -15,7 +15,9 @@ class NeoXTrainingArguments(TrainingArguments):
     precision: `fp32`; `amp` (fp32 weights under bf16 autocast); `bf16` (bf16 weights and activations with fp32
         master weights, moments and gradient accumulation); `pure_bf16` (weights, moments and gradients all bf16: half
         the memory and traffic of the optimizer, and updates below a weight's last bit are lost); `fp16` (as bf16 with
-        a dynamic loss scale; DeepSpeed on CUDA alone). `auto` is bf16 on CUDA and fp32 elsewhere.
+        a dynamic loss scale; DeepSpeed on CUDA alone); `fp8` (as bf16, but the products of the blocks' linears are in
+        eight bits; one GPU or replicas of the model, of CUDA capability 8.9 or above). `auto` is bf16 on CUDA and fp32
+        elsewhere.
     activation_checkpointing: what the backward pass computes again: `none`, `full` blocks, or, `selective`, what is
         cheap to compute and large to keep. `true` and `false` are transformers' words for `full` and `none`.
     cuda_graphs: run the layers as CUDA graphs, one launch for all of them each way, for devices that are faster than
@@ -31,7 +33,7 @@ class NeoXTrainingArguments(TrainingArguments):
     peak_tflops: dense peak or sustained rate of one device in TFLOP/s, for MFU; looked up when unset.
     """
 
-    precision: Literal["auto", "fp32", "amp", "bf16", "pure_bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "amp", "bf16", "pure_bf16", "fp16", "fp8"] = "auto"
     activation_checkpointing: Literal["none", "full", "selective"] | bool | None = None
     cuda_graphs: Literal["auto"] | bool = "auto"
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] | None = None

@@ -43,7 +43,7 @@ SETTLED_PREFIX = "ACCELERATE_DEEPSPEED_"
 """What is taken out. The precision stays: `NeoXTrainingArguments` overrules it, and by it a process knows later that
 `accelerate launch` has started it."""
 
-SAME_PRECISION = {"bf16": ("bf16", "amp", "pure_bf16"), "fp16": ("fp16",)}
+SAME_PRECISION = {"bf16": ("bf16", "amp", "pure_bf16", "fp8"), "fp16": ("fp16",), "fp8": ("fp8",)}
 """Recipes that a launcher's `--mixed_precision` agrees with."""
 
 OF_NO_CONSEQUENCE = ("steps_per_print", "wall_clock_breakdown")

@@ -14,12 +14,14 @@ class Precision:
     autocast: run matrix products in bf16 over fp32 weights (HF's `bf16=True`).
     master: keep fp32 master weights, moments and gradients beside low-precision weights.
     scaled: the loss is scaled so that gradients do not vanish, which only DeepSpeed does here.
+    fp8: the linears of the block compute in eight bits, whose scales are part of a run's state.
     """
 
     weights: torch.dtype
     autocast: bool = False
     master: bool = False
     scaled: bool = False
+    fp8: bool = False
 
 
 PRECISIONS = {
@@ -28,6 +30,7 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16, master=True),
     "pure_bf16": Precision(torch.bfloat16),
     "fp16": Precision(torch.float16, master=True, scaled=True),
+    "fp8": Precision(torch.bfloat16, master=True, fp8=True),
 }
 
 

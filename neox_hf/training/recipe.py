@@ -246,4 +246,5 @@ def _problems(recipe: Recipe) -> Iterable[Problem]:
     yield from checks.train_problems(recipe.train, recipe.data)
     if not recipe.parallel.needs_deepspeed:
         yield from checks.master_weights_problems(recipe.train)
+    yield from checks.fp8_problems(recipe.train, recipe.model, recipe.compiles)
     yield from checks.hub_problems(recipe.hub)

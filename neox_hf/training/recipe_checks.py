@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from neox_hf.checkpoint.settings import HubSettings
 from neox_hf.config import Problem
 from neox_hf.data.settings import DataSettings, SourceSettings, TokenizerSettings
+from neox_hf.kernels.fp8_format import MULTIPLE
+from neox_hf.kernels.fp8_product import reason_against_device
 from neox_hf.kernels.language import runs_on
 from neox_hf.modeling.initialization import INIT_METHODS
 from neox_hf.modeling.presets import PRESETS
@@ -208,6 +210,21 @@ def _recompute_problems(train: Any) -> Iterator[Problem]:
     if kwargs is not None and train.activation_checkpointing in (None, False, "none", "selective"):
         message = "belongs to train.activation_checkpointing = full; set that, or remove it"
         yield Problem(("train", "activation_checkpointing_kwargs"), kwargs, message)
+
+
+def fp8_problems(train: Any, model: ModelSettings, compiles: bool) -> Iterator[Problem]:
+    if train.precision != "fp8":
+        return
+    if compiles:
+        message = "runs each linear of a block outside of what train.torch_compile makes; remove that, or use bf16"
+        yield Problem(("train", "precision"), "fp8", message)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := reason_against_device(device):
+        yield Problem(("train", "precision"), "fp8", f"cannot be computed here: {reason}; use bf16")
+    hidden = model.hidden_size or PRESETS.get(model.name or "", {}).get("hidden_size")
+    if hidden is not None and hidden % MULTIPLE:
+        message = f"wants model.hidden_size to be a multiple of {MULTIPLE}, and it is {hidden}; use bf16"
+        yield Problem(("train", "precision"), "fp8", message)
 
 
 def _optimizer_problems(train: Any) -> Iterator[Problem]:

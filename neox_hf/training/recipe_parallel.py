@@ -110,6 +110,12 @@ def _precision_problems(parallel: ParallelSettings, train: Any) -> Iterator[Prob
             "use bf16, whose masters it shards"
         )
         yield Problem(where, train.precision, message)
+    if parallel.needs_deepspeed and train.precision == "fp8":
+        message = (
+            "scales whole linears between one step of our own optimizer and the next; DeepSpeed runs ZeRO, tensor and "
+            "pipeline parallelism; use bf16, or leave parallel.zero_stage at 0 and the sizes at 1"
+        )
+        yield Problem(where, train.precision, message)
     if train.precision != "fp16":
         return
     if not parallel.needs_deepspeed:

@@ -5,6 +5,7 @@ Weights and optimizer are boxes of HF tensors; everything else is JSON or, for r
     state/optimizer*                       master weights, moments, steps and hyper-parameters
     state/data.json                        position of every stream, counted in samples
     state/scheduler.json, state/rng-*      learning-rate schedule; one random state per rank
+    state/fp8-*                            scales of eight-bit tensors
     trainer_state.json                     HF's own, with its log history
 """
 
@@ -68,6 +69,8 @@ class RunState:
             self._write_documents(writer, data)
         if not trainer.args.save_only_model:
             trainer.engine.save_boxes(writer)
+            if trainer.fp8 is not None:
+                trainer.fp8.save(writer)
             write_rng(writer)
         self.saver.commit(writer, self._facts(), self._after_writing())
 
@@ -86,6 +89,8 @@ class RunState:
             trainer.loader.load_state_dict(checkpoint.json(DATA))
         recipe = RecipeHyperparameters(trainer.optimizer, trainer.lr_scheduler)
         trainer.engine.load_boxes(checkpoint)
+        if trainer.fp8 is not None:
+            trainer.fp8.load(checkpoint)
         trainer.lr_scheduler.load_state_dict(checkpoint.json(SCHEDULER))
         recipe.apply()
 

@@ -29,6 +29,7 @@ from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.divergence import GradientGuard
 from neox_hf.training.engine import engine_for
+from neox_hf.training.fp8_run import Fp8Run
 from neox_hf.training.label_weights import NUM_ITEMS
 from neox_hf.training.optimizers import optimizer_class
 from neox_hf.training.precision import cast_weights
@@ -94,12 +95,15 @@ class NeoXTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
+        self.fp8 = Fp8Run(self) if args.numeric.fp8 else None
         seed_process(args.seed, self.topology)
         self.engine = engine_for(self)
         self.guard = GradientGuard(args.effective_nan_policy, args.max_skipped_steps)
         self.run_state = RunState(self, documents or {})
         self.add_callback(SaveSchedule(args.save_schedule))
         self.add_callback(StepWatch(self))
+        if self.fp8 is not None:
+            self.add_callback(self.fp8)
 
     # Data
 
@@ -326,6 +330,8 @@ class NeoXTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._checkpoint_at(resume_from_checkpoint).load_weights(model or self.model, topology=self.topology)
+        if self.fp8 is not None:
+            self.fp8.forget()
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
