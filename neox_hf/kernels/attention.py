@@ -34,22 +34,26 @@ CHECKED_HEAD_SIZES: dict[tuple[int, int], frozenset[int]] = {HOPPER: frozenset({
 than cuDNN. On Hopper its backward is wrong at 80 (0.61 off, relative; its forward is right), slower at 96 and 256."""
 
 
+HEAD_SIZES = tuple(sorted(frozenset().union(*CHECKED_HEAD_SIZES.values())))
+
+
 def attention_backend(head_size: int, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     """What computes causal attention without dropout on such tensors.
 
     `flash_attention_4` where the package is installed, for bf16 and fp16 on CUDA devices and head sizes of
     `CHECKED_HEAD_SIZES`; else `sdpa`.
     """
-    checked = flash_attention_4_head_sizes(dtype, device)
-    return "flash_attention_4" if checked and head_size in checked else "sdpa"
+    # A compiler may have a symbol for the size, which can be compared; of a constant it can guard no more than a word.
+    fits = any(head_size == size and takes_flash_attention_4(size, dtype, device) for size in HEAD_SIZES)
+    return "flash_attention_4" if fits else "sdpa"
 
 
 @torch.compiler.assume_constant_result
-def flash_attention_4_head_sizes(dtype: torch.dtype, device: torch.device) -> frozenset[int]:
-    """The head sizes that FlashAttention 4 is used for; none, mostly. A compiler takes it for a constant."""
+def takes_flash_attention_4(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether FlashAttention 4 is there and was checked on such tensors. A compiler takes it for a constant."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not has_flash_attention_4():
-        return frozenset()
-    return CHECKED_HEAD_SIZES.get(torch.cuda.get_device_capability(device), frozenset())
+        return False
+    return head_size in CHECKED_HEAD_SIZES.get(torch.cuda.get_device_capability(device), ())
 
 
 @functools.cache

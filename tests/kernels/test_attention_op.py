@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.compiler import assume_constant_result as constant
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +55,8 @@ def flash(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", stand_in)
-    monkeypatch.setattr(attention_module, "flash_attention_4_head_sizes", lambda *_: frozenset(range(257)))
+    monkeypatch.setattr(attention_module, "HEAD_SIZES", (8, 16, 32))
+    monkeypatch.setattr(attention_module, "takes_flash_attention_4", lambda *_: True)
     return stand_in
 
 
@@ -216,9 +218,16 @@ def test_agrees_with_sdpa_told_nothing_else():
     assert torch.equal(causal_attention(query, key, value, scale=0.2), wanted)
 
 
-def test_compiles_for_any_head_size():
+@pytest.mark.parametrize("checked", [(), (64,)])
+def test_compiles_for_any_head_size(checked, monkeypatch):
+    """Whatever size is asked about, one at a time; nothing that is asked becomes a guard."""
+    asked = []
+    monkeypatch.setattr(attention_module, "HEAD_SIZES", checked)
+    monkeypatch.setattr(attention_module, "takes_flash_attention_4", constant(lambda size, *_: asked.append(size)))
+    torch._dynamo.reset()
     attend = torch.compile(
         lambda q: causal_attention(q, q, q, scale=1.0).sum(), fullgraph=True, backend="aot_eager", dynamic=True
     )
     for size in (32, 64):
         assert attend(torch.ones(1, 2, 8, size)) == 2 * 8 * size
+    assert set(asked) == set(checked)
