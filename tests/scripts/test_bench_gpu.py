@@ -18,7 +18,9 @@ def test_every_op_can_be_captured(case):
     for row in time_case(case, SMALL, torch.device("cuda"), ["ours", "torch"]):
         assert "failed" not in row, row
         assert row["how"] == "graph", row
-        assert 0 < row["forward_ms"] < row["both_ms"]
+        # Backward has nothing to do where it hands on what comes (a sum), or finds gradients made (the head): then the
+        # two differ as two clocks do.
+        assert 0 < row["forward_ms"] <= 1.1 * row["both_ms"]
 
 
 def test_both_ways_to_take_a_time_agree():
