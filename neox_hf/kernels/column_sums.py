@@ -76,15 +76,15 @@ def _partial_sums_kernel(x, partial, rows, columns, blocks, slabs, ROWS: tl.cons
 def _finish_kernel(partial, sums, slabs, columns, SLABS: tl.constexpr, WIDTH: tl.constexpr):
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     line = tl.arange(0, SLABS)
-    total = tl.zeros([SLABS, WIDTH], tl.float32)
+    total = tl.zeros([SLABS, WIDTH], partial.dtype.element_ty)
     for slab in range(0, slabs, SLABS):
         inside = (line[:, None] < slabs - slab) & (column[None, :] < columns)
         total += tl.load(partial + (slab + line[:, None]) * columns + column[None, :], mask=inside, other=0.0)
-    tl.store(sums + column, tl.sum(total, axis=0), mask=column < columns)
+    tl.store(sums + column, tl.sum(total, axis=0).to(tl.float32), mask=column < columns)
 
 
 def finish_column_sums(partial: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The sum [H], or of a `shape` of H elements, in `dtype`, of fp32 partial sums [slabs, H].
+    """The sum [H], or of a `shape` of H elements, in `dtype`, of partial sums [slabs, H] in fp32 or fp64.
 
     Few columns a program: it is latency that counts.
     """

@@ -14,7 +14,8 @@ With g = dy1 * weight1 + dy2 * weight2, 1/size = inverse, and -slope * (x - mean
     dweight = sum over rows of dy * n        dbias = sum over rows of dy
 
 x is [rows, WIDTH], contiguous. A program holds whole rows in registers: [ROWS, BLOCK], BLOCK a power of two at least
-WIDTH. Pointers may be None, which switches off what they are for. Statistics and sums are fp32.
+WIDTH. Pointers may be None, which switches off what they are for. Statistics and sums are fp32; the sum that is a scale
+norm's one weight gradient is fp64.
 """
 
 from neox_hf.kernels.language import tl, triton
@@ -126,7 +127,7 @@ def _gradient_in_x(g, centred, inverse, slope, cols, KIND: tl.constexpr, WIDTH: 
 def _store_sum(sums_ptr, place, sums, cols, KIND: tl.constexpr, WIDTH: tl.constexpr):
     columns = tl.sum(sums, axis=0)
     if KIND == "scale":
-        tl.store(sums_ptr + place, tl.sum(columns, axis=0))
+        tl.store(sums_ptr + place, columns)
     else:
         tl.store(sums_ptr + place * WIDTH + cols, columns[None, :], mask=cols < WIDTH)
 
@@ -194,13 +195,18 @@ def backward_rows(
     weight2 = weight1 if weight2_ptr is None else _load_affine(weight2_ptr, cols, KIND, WIDTH)
     weight1_sums, bias1_sums = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     weight2_sums, bias2_sums = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    if KIND == "scale":  # one number, of as many terms as x has elements, which mostly cancel
+        weight1_sums = tl.zeros([ROWS], tl.float64)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row, at, inside = _locate(tile, rows, cols, WIDTH, ROWS)
         x, dy1 = _load(x_ptr, at, inside), _load(dy1_ptr, at, inside)
         centred, mean, inverse, slope = _measure(x, cols, tl.where(row < rows, eps, 1.0), KIND, MEASURED)
         normed = centred * inverse[:, None]
         g = dy1 * weight1
-        weight1_sums += dy1 * normed
+        if KIND == "scale":
+            weight1_sums += tl.sum(dy1 * centred, axis=1).to(tl.float64) * inverse.to(tl.float64)
+        else:
+            weight1_sums += dy1 * normed
         bias1_sums += dy1
         if weight2_ptr is not None:
             dy2 = _load(dy2_ptr, at, inside)

@@ -226,7 +226,8 @@ def _launch_backward(
     plan = BackwardPlan.of(width, rows, parameters if wants_parameters else 0, kind, element_bytes, processors)
     sums = moments = None
     if wants_parameters and plan.in_registers:
-        sums = x.new_empty((plan.programs, parameters * numbers), dtype=torch.float32)
+        sums_dtype = torch.float64 if kind == "scale" else torch.float32
+        sums = x.new_empty((plan.programs, parameters * numbers), dtype=sums_dtype)
     elif wants_parameters:
         moments = x.new_empty((2, rows), dtype=torch.float32)
     backward_rows[(plan.programs,)](

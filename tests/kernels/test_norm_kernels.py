@@ -253,3 +253,13 @@ def test_shapes_that_do_not_fit_are_refused():
         layer_norm(x, weight, x, EPS, backend="triton")
     with pytest.raises(ValueError, match=r"x \[2, 8\] was given a weight or bias \[8\]; one number is wanted"):
         scale_norm(x, weight, EPS, backend="triton")
+
+
+def test_the_one_weight_of_a_scale_norm_has_its_whole_sum():
+    """Terms of either sign, a row's as large as 1; each row's is rounded a few times, their sum is not."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(700, 64), torch.randn(700, 64)
+    g = torch.ones(1, requires_grad=True)
+    scale_norm(x, g, EPS, backend="triton").backward(dy)
+    terms = (dy.double() * x.double() / x.double().norm(dim=1, keepdim=True)).sum(1)
+    assert abs(g.grad.item() - terms.sum().item()) <= 2**-24 * terms.norm().item() + 2**-24 * abs(terms.sum().item())
