@@ -9,14 +9,15 @@ each parameter's `GradientSum` has them. Passes that are under way at once, as i
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neox_hf.kernels.once_differentiable import once_differentiable
-from neox_hf.kernels.weight_gradient import GradientSum, sum_of
+from neox_hf.kernels.weight_gradient import AddInto, GradientSum, sum_in, sum_of
 
 PATIENCE = 2
 """Passes of a shape that run as they are before one is captured: kernels are compiled and libraries started in them."""
@@ -71,7 +72,8 @@ class LayerGraphs:
     def _capture(self, run: Run, hidden: Tensor) -> "_CapturedPass":
         self._find_sums()
         self.resume()
-        return _CapturedPass(run, hidden, self._parameters, self._totals)
+        with _stand_ins(self.layers) as stand_ins:
+            return _CapturedPass(run, hidden, stand_ins, self._totals)
 
     def _find_sums(self) -> None:
         if self._parameters:
@@ -96,7 +98,7 @@ class LayerGraphs:
 class _CapturedPass:
     """One forward and its backward pass. `hidden` and `gradient` are where they read, the others what they leave."""
 
-    def __init__(self, run: Run, hidden: Tensor, parameters: list[nn.Parameter], totals: list[Tensor]) -> None:
+    def __init__(self, run: Run, hidden: Tensor, parameters: Sequence[nn.Parameter], totals: list[Tensor]) -> None:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The backward pass runs on the stream of the forward pass.
         here = {"pool": torch.cuda.graph_pool_handle(), "stream": torch.cuda.Stream(), **CAPTURE}
@@ -108,6 +110,46 @@ class _CapturedPass:
         with torch.cuda.graph(self.backward, **here):
             self.for_hidden, *found = torch.autograd.grad(output, [read, *parameters], self.gradient, allow_unused=True)
             _add(totals, found)
+
+
+@contextmanager
+def _stand_ins(layers: Sequence[nn.Module]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in the same memory in place of the layers' own, of those that are trained in their order.
+
+    autograd remembers on which stream a parameter was used first, and has its gradient made there: no part of a graph.
+    """
+    own, stand_ins = [], []
+    for module in (module for layer in layers for module in layer.modules()):
+        own.append((module, dict(module._parameters)))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                module._parameters[name] = _stand_in_for(parameter)
+                stand_ins.append(module._parameters[name])
+    try:
+        yield stand_ins
+    finally:
+        for module, parameters in own:
+            module._parameters.update(parameters)
+
+
+def _stand_in_for(parameter: nn.Parameter) -> nn.Parameter:
+    stand_in = nn.Parameter(parameter.detach())
+    stand_in.grad_dtype = parameter.grad_dtype
+    sum_in(stand_in, _SumFor(parameter))
+    return stand_in
+
+
+class _SumFor:
+    """Sums the gradients of a stand-in where those of `parameter` are summed."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter, self._sum = parameter, sum_of(parameter)
+
+    def add_product(self, stand_in: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
+        self._sum.add_product(self._parameter, gradient, x)
+
+    def add_by(self, stand_in: nn.Parameter, add: AddInto) -> None:
+        self._sum.add_by(self._parameter, add)
 
 
 def _add(totals: list[Tensor], gradients: list[Tensor | None]) -> None:

@@ -109,7 +109,8 @@ class NativeEngine(OptimizerBoxes):
         if alone and not args.numeric.autocast and args.device.type != "cpu":
             for parameter in self.trainer.model.parameters():
                 sum_in(parameter, SumInGrad())
-            graph_layers(self.trainer.model, None, args, self.topology)
+        replicas = None if alone else "replicas exchange gradients while the layers run"
+        graph_layers(self.trainer.model, args, self.topology, reason=replicas)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)

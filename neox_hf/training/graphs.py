@@ -1,28 +1,43 @@
 """Whether a run's layers are captured as CUDA graphs (`train.cuda_graphs`), and having them so."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
+from neox_hf.config import Problem
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
-from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.layer_graphs import LayerGraphs
+from neox_hf.modeling.settings import ModelSettings
+from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.precision import precision_here
 
 logger = logging.getLogger(__name__)
 
+PRECISIONS = ("bf16", "pure_bf16")
+"""Those in which every gradient has a place where it is summed. In the others autograd sums."""
+
 
 def graph_layers(
-    model: nn.Module, layers: Sequence[nn.Module] | None, args: NeoXTrainingArguments, topology: Topology
+    model: nn.Module,
+    args: NeoXTrainingArguments,
+    topology: Topology,
+    *,
+    layers: Sequence[nn.Module] | None = None,
+    reason: str | None = None,
 ) -> None:
     """Have the base model run `layers` (None: all of its own) as graphs, if the run is to and can.
+
+    reason: what the engine knows to be against it.
 
     Raises:
         ValueError: `cuda_graphs` is on, and this run cannot.
     """
-    reason = reason_against_graphs(model, args)
+    reason = _reason_in_run(model, args) or reason
     if args.cuda_graphs is True and reason:
         raise ValueError(f"train.cuda_graphs = true, but {reason}; set it to auto or false")
     wanted = args.cuda_graphs is True or (args.cuda_graphs == "auto" and waits_for_host(topology))
@@ -37,24 +52,41 @@ def waits_for_host(topology: Topology) -> bool:
     return topology.tensor > 1
 
 
-def reason_against_graphs(model: nn.Module, args: NeoXTrainingArguments) -> str | None:
-    """Why the layers of this run cannot be captured; None if they can."""
+def graph_problems(train: Any, model: ModelSettings, parallel: ParallelSettings) -> Iterator[Problem]:
+    """What in a recipe speaks against `cuda_graphs: true`."""
+    if train.cuda_graphs is not True:
+        return
+    reason = _reason_in_settings(train, model) or _reason_in_attention(model.attn_implementation or "sdpa")
+    if not torch.cuda.is_available():
+        reason = "there is no CUDA device"
+    elif parallel.zero_stage and not parallel.splits_model:
+        reason = f"parallel.zero_stage = {parallel.zero_stage} moves gradients while the layers run"
+    elif parallel.offload != "none":
+        reason = f"parallel.offload = {parallel.offload} has gradients summed elsewhere"
+    if reason:
+        yield Problem(("train", "cuda_graphs"), True, f"cannot be: {reason}")
+
+
+def _reason_in_run(model: nn.Module, args: NeoXTrainingArguments) -> str | None:
     if args.device.type != "cuda":
         return f"there is no CUDA device, but {args.device.type}"
     if not isinstance(model, GPTNeoXForCausalLM):
         return f"the model is a {type(model).__name__}, and only a neox_hf.GPTNeoXForCausalLM knows of graphs"
-    if args.torch_compile:
-        return "train.torch_compile compiles the layers, which has graphs of its own"
-    if args.numeric.autocast or not (args.numeric.master or args.precision == "pure_bf16"):
-        return f"train.precision = {args.precision} leaves summing gradients to autograd; use bf16 or pure_bf16"
-    if args.recompute == "full":
+    return _reason_in_settings(args, model.config) or _reason_in_attention(model.config._attn_implementation)
+
+
+def _reason_in_settings(train: Any, model: Any) -> str | None:
+    """train, model: sections of a recipe, or arguments and configuration."""
+    if precision_here(train.precision) not in PRECISIONS:
+        return f"train.precision = {train.precision} leaves gradients to autograd; use {' or '.join(PRECISIONS)}"
+    if train.torch_compile:
+        return "train.torch_compile compiles the layers, and has graphs of its own"
+    if train.activation_checkpointing in (True, "full"):
         return "train.activation_checkpointing = full runs each block a second time; use selective or none"
-    return _reason_in(model.config)
-
-
-def _reason_in(config: GPTNeoXConfig) -> str | None:
-    if config.hidden_dropout or config.attention_dropout:
+    if model.hidden_dropout or model.attention_dropout:
         return "the model has dropout, and a graph would drop the same elements each time"
-    if config._attn_implementation != "sdpa":
-        return f"attention runs as {config._attn_implementation}, and only sdpa's was tried in graphs"
     return None
+
+
+def _reason_in_attention(implementation: str) -> str | None:
+    return None if implementation == "sdpa" else f"attention runs as {implementation}, and only sdpa can be captured"

@@ -60,8 +60,9 @@ class PipelineEngine(DeepSpeedOptimizer):
 
     def begin(self) -> None:
         super().begin()
-        if isinstance(self.optimizer, BF16_Optimizer):
-            graph_layers(self.trainer.model, self.stage.layers, self.trainer.args, self.topology)
+        elsewhere = None if isinstance(self.optimizer, BF16_Optimizer) else "DeepSpeed sums gradients after the layers"
+        args, layers = self.trainer.args, self.stage.layers
+        graph_layers(self.trainer.model, args, self.topology, layers=layers, reason=elsewhere)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Collect the micro-batch; with the last of a step, train on all of them.

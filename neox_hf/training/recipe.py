@@ -20,6 +20,7 @@ from neox_hf.parallel.topology import Topology
 from neox_hf.training import recipe_checks as checks
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.deepspeed_config import deepspeed_config
+from neox_hf.training.graphs import graph_problems
 from neox_hf.training.launch_environment import (
     Decisions,
     check_one_process_was_meant,
@@ -243,6 +244,7 @@ def _problems(recipe: Recipe) -> Iterable[Problem]:
     yield from checks.tokenizer_problems(recipe.tokenizer)
     yield from checks.data_problems(recipe.data, evaluates=recipe.evaluates)
     yield from parallel_problems(recipe.parallel, recipe.model, recipe.data, recipe.train)
+    yield from graph_problems(recipe.train, recipe.model, recipe.parallel)
     yield from checks.train_problems(recipe.train, recipe.data)
     if not recipe.parallel.needs_deepspeed:
         yield from checks.master_weights_problems(recipe.train)
