@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("cuda"))
-    for precision in ("fp32", "amp", "bf16", "pure_bf16"):
+    for precision in ("fp32", "amp", "bf16", "pure_bf16", "fp8"):
         name = f"whole-{precision}"
         assert runs.run(name, f"train.precision={precision}", "train.full_determinism=true") == [0], runs.message(name)
     return runs
@@ -21,14 +21,14 @@ def losses(runs: Runs, name: str) -> list[float]:
     return [entry["loss"] for entry in runs.log_history(name, 8) if "loss" in entry]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16", "pure_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16", "pure_bf16", "fp8"])
 def test_loss_falls_and_precisions_agree(runs, precision):
     ours, truth = losses(runs, f"whole-{precision}"), losses(runs, "whole-fp32")
     assert ours[-1] < 0.8 * ours[0]
     assert ours == pytest.approx(truth, rel=2e-2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16", "fp8"])
 def test_resumed_is_uninterrupted(runs, precision):
     name = f"resumed-{precision}"
     options = [f"train.precision={precision}", "train.full_determinism=true"]
