@@ -7,6 +7,7 @@ import torch
 
 from neox_hf.kernels.fp8_cast import fp8_cast
 from neox_hf.kernels.fp8_format import E4M3, E5M2
+from neox_hf.kernels.fp8_product import reason_against_device
 from neox_hf.kernels.fp8_scales import Fp8Scales, scale_for
 from tests.kernels.fp8_cases import a_table
 
@@ -124,3 +125,32 @@ def test_forgetting():
     table.recalibrate()
     assert not table.slots["x"].knows()
     assert not table.history.any()
+
+
+def test_a_graph_may_hold_it_once_all_that_is_used_is_known():
+    table = Fp8Scales({"x": E4M3, "late": E4M3, "never": E4M3}, "cpu")
+    assert not table.capturable
+    fp8_cast(torch.ones(16, 16), table.slots["x"])
+    assert not table.capturable
+    table.advance()
+    assert table.capturable
+    fp8_cast(torch.ones(16, 16), table.slots["late"])
+    assert not table.capturable
+    table.advance()
+    assert table.capturable
+    scale = table.slots["x"].scale.data_ptr()
+    table.advance()
+    assert table.slots["x"].scale.data_ptr() == scale
+    table.recalibrate()
+    assert not table.capturable
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((9, 0), None), ((8, 9), None), ((8, 6), "8.6, and eight bits want")]
+)
+def test_which_devices_multiply_in_eight_bits(monkeypatch, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = reason_against_device(torch.device("cuda"))
+    assert found is None if reason is None else found.startswith(f"a GPU has CUDA capability {reason} 8.9 or above")
+    assert reason_against_device(torch.device("cpu")) is None
