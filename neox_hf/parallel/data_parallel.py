@@ -65,6 +65,8 @@ class DataParallel(nn.Module):
         self.module = module
         self.group = group
         self._synchronise = True
+        # NCCL divides as it reads; elsewhere that is a pass of its own.
+        self._averages = dist.get_backend(group) == "nccl"
         accumulate_gradients_in_fp32(module)
         self._broadcast_replica()
         self._buckets = self._fill_buckets(bucket_elements)
@@ -131,8 +133,10 @@ class DataParallel(nn.Module):
         for parameter, view in bucket.views:
             if parameter.grad is None:
                 parameter.grad = view.zero_()
-        bucket.flat.div_(dist.get_world_size(self.group))
-        bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+        if not self._averages:
+            bucket.flat.div_(dist.get_world_size(self.group))
+        operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
+        bucket.work = dist.all_reduce(bucket.flat, operation, group=self.group, async_op=True)
 
     def _finish(self) -> None:
         """Runs when the backward pass ends: parameters without a gradient leave their bucket unreduced until here."""
