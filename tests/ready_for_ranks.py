@@ -1,4 +1,4 @@
-"""What a fork server imports so that a rank starts at once.
+"""What a fork server does so that a rank starts at once: it imports, and fills caches, which its ranks inherit.
 
 DeepSpeed's extension for gloo is built here too: ranks that found it missing would all build it at once, and one that
 was killed meanwhile would leave its lock behind.
@@ -6,10 +6,15 @@ was killed meanwhile would leave its lock behind.
 
 import gc
 import importlib
+import os
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from neox_hf.training.launch_environment import prepare_deepspeed_on_cpu
+from tests.gloo import COVERAGE_FILE
 
 if not torch.cuda.is_available():
     prepare_deepspeed_on_cpu()
@@ -26,8 +31,28 @@ for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function, which takes the compiler
     "matplotlib.pyplot",
     "tests.checkpoint.dying_writer",
+    *(["coverage", "coverage.sqldata"] if COVERAGE_FILE in os.environ else []),
 ):
     importlib.import_module(name)
+
+
+def fill_caches() -> None:
+    """Work that every run would do once and for all."""
+    from accelerate.utils import imports
+
+    from neox_hf.checkpoint.hub.loss_curve import plot_loss_curve
+    from neox_hf.data.words import word_pattern
+
+    word_pattern()
+    # Accelerate reads the metadata of DeepSpeed's package at each step.
+    imports._is_package_available = cache(imports._is_package_available)
+    with TemporaryDirectory() as folder:
+        plot_loss_curve(
+            [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_loss": 1.0}], Path(folder) / "curve.png"
+        )
+
+
+fill_caches()
 
 # A collection in a rank would walk all that was imported, and by touching it copy it from the fork server's memory.
 gc.collect()

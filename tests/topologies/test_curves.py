@@ -52,7 +52,7 @@ def follow_one_process(layout: str, options: tuple, runs: Runs, singles: dict[tu
     assert curve[-1][0] < 0.9 * curve[0][0], "nothing was learnt, so nothing was compared"
 
 
-@pytest.mark.parametrize("layout", [pytest.param(one, marks=pytest.mark.slow if one == "tp4" else ()) for one in SPLIT])
+@pytest.mark.parametrize("layout", SPLIT)
 def test_layout_follows_one_process(layout, runs, singles):
     follow_one_process(layout, DEALT[layout], runs, singles)
 
