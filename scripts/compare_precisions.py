@@ -1,0 +1,97 @@
+"""Loss curves of one recipe in several precisions: the same first weights, the same samples.
+
+    python scripts/compare_precisions.py --config recipes/pythia_160m.yaml --precisions bf16 fp8 --steps 500 \
+        --set train.global_batch_size=32
+
+Prints the mean loss of each window of steps, how far each precision is from the first one, and, where the recipe holds
+documents out, their loss at the end, which is computed in the precision of the weights.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from neox_hf.training.pretraining import build_trainer
+from neox_hf.training.recipe import Recipe, load_recipe
+
+
+def overrides(options: argparse.Namespace, precision: str, folder: Path) -> list[str]:
+    fixed = {
+        "train.precision": precision,
+        "train.max_steps": options.steps,
+        "train.output_dir": folder,
+        "train.save_schedule": "none",
+        "train.logging_steps": 1,
+        "train.eval_strategy": "steps",
+        "train.eval_steps": 2 * options.steps,  # never in training: at its end, by hand
+        "train.report_to": "none",
+        "train.disable_tqdm": True,
+        "train.peak_tflops": 1,
+        "train.resume_from_checkpoint": "null",
+    }
+    return [*options.set, *(f"{key}={value}" for key, value in fixed.items())]
+
+
+def losses(recipe: Recipe) -> tuple[list[float], float]:
+    """The loss of each step, and that of the documents held out, at the end."""
+    args = recipe.training_arguments()
+    trainer = build_trainer(recipe, args, recipe.topology(args.world_size, args.process_index).connect())
+    trainer.train()
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    held_out = trainer.evaluate()["eval_loss"]
+    trainer.loader.close()
+    return curve, held_out
+
+
+def windows(curve: list[float], size: int) -> list[float]:
+    return [statistics.fmean(curve[start : start + size]) for start in range(0, len(curve) - size + 1, size)]
+
+
+def report(curves: dict[str, list[float]], held_out: dict[str, float], size: int) -> None:
+    first, *others = curves
+    print(f"steps       {first:>10}" + "".join(f"{name:>20}" for name in others))
+    rows = {name: windows(curve, size) for name, curve in curves.items()}
+    for number, truth in enumerate(rows[first]):
+        print(
+            f"{number * size + 1:>5}-{(number + 1) * size:<5} {_beside(truth, [rows[name][number] for name in others])}"
+        )
+    print(f"held out    {_beside(held_out[first], [held_out[name] for name in others])}")
+    for name in others:
+        apart = [abs(b / a - 1) for a, b in zip(curves[first], curves[name], strict=True)]
+        print(
+            f"{name}: {statistics.fmean(apart):.3%} from {first} in the mean of all steps, {max(apart):.3%} in one step"
+        )
+
+
+def _beside(truth: float, found: list[float]) -> str:
+    return f"{truth:>10.4f}" + "".join(f"{loss:>11.4f} {loss / truth - 1:>+8.3%}" for loss in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", nargs="+", required=True)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--window", type=int, default=50)
+    parser.add_argument("--set", nargs="+", default=[], help="overrides, as of recipes/pretrain.py")
+    parser.add_argument("--json", type=Path, help="write every loss here")
+    options = parser.parse_args()
+    curves: dict[str, list[float]] = {}
+    held_out: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in options.precisions:
+            recipe = load_recipe(options.config, overrides=overrides(options, precision, Path(folder) / precision))
+            curves[precision], held_out[precision] = losses(recipe)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    report(curves, held_out, options.window)
+    if options.json:
+        options.json.write_text(json.dumps({"losses": curves, "held out": held_out}))
+
+
+if __name__ == "__main__":
+    main()
