@@ -155,9 +155,14 @@ def labels_of_next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ig
 def mean_over_labels(
     total: Tensor, next_labels: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int
 ) -> Tensor:
-    """`total`, a sum of losses, over the number of labels: those of the step where given, else those seen here."""
+    """`total`, a sum of losses, over the `number_of_labels`."""
+    return total / number_of_labels(next_labels, num_items_in_batch, ignore_index)
+
+
+def number_of_labels(next_labels: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int) -> Tensor | int:
+    """Labels of the step where given, else those seen here, as one number; 1 where there is none."""
     if num_items_in_batch is None:
         num_items_in_batch = (next_labels != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
-        return total / num_items_in_batch.to(total.device).clamp(min=1)
-    return total / max(num_items_in_batch, 1)
+        return num_items_in_batch.to(next_labels.device).clamp(min=1)
+    return max(num_items_in_batch, 1)

@@ -6,9 +6,9 @@
 Shapes: hidden [N tokens, H]; weight [V, H], this rank's rows of the head; labels int64 [N]; returns a scalar in fp32
 (fp64 for fp64). The same loss as `cross_entropy` of the logits z, where N is B x S; c is the weight of the z-loss.
 
-Tokens are taken chunk by chunk (`chunked_losses.py`), which gives the loss and both gradients at once; the backward
-pass only multiplies them by the loss's. Where the vocabulary is split over ranks, two small reductions a chunk join
-their softmaxes (`vocabulary_share.py`).
+Tokens are taken chunk by chunk (`chunked_losses.py`), which gives the loss and both gradients at once. What the
+backward pass has to multiply them by is mostly known beforehand, and in them already (`expected_factor.py`). Where the
+vocabulary is split over ranks, two small reductions a chunk join their softmaxes (`vocabulary_share.py`).
 """
 
 from functools import partial
@@ -30,6 +30,7 @@ from neox_hf.kernels.chunked_losses import (
 )
 from neox_hf.kernels.cross_entropy import IGNORE_INDEX
 from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.expected_factor import put_right_, quotient
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.registration import register, register_fake
@@ -132,10 +133,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         job = job._replace(wanted=tuple(ctx.needs_input_grad[:2]))
         operands = (hidden.detach().to(dtype), weight.detach().to(dtype))
         total, for_hidden, for_weight = _computed(*operands, labels, factor, into, job, kernel)
-        if into is not None:
+        ctx.dtypes, ctx.backend = (hidden.dtype, gradient_dtype(weight)), "triton" if kernel else "torch"
+        ctx.promised, ctx.is_used = into is not None, False
+        if ctx.promised:
             for_weight = None
-        ctx.dtypes = (hidden.dtype, gradient_dtype(weight))
-        if factor is not None:  # final, so what is kept has its last dtype
+        if factor is not None:  # as good as final, so what is kept has its last dtype
             for_hidden, for_weight = (
                 None if gradient is None else gradient.to(wanted)
                 for gradient, wanted in zip((for_hidden, for_weight), ctx.dtypes, strict=True)
@@ -147,15 +149,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, factor = ctx.saved_tensors
-        if factor is None:
+        if ctx.promised:
+            kept = (upstream - factor).abs() <= PROMISE_TOLERANCE * factor.abs()
+            torch._assert_async(kept, "linear_cross_entropy: backward brings another gradient than upstream= promised")
+        elif factor is None or ctx.is_used or torch.compiler.is_compiling():
+            ratio = upstream if factor is None else quotient(upstream, factor)
             gradients = [
-                None if gradient is None else scaled(gradient, upstream, dtype)
+                None if gradient is None else scaled(gradient, ratio, dtype)
                 for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
             ]
         else:
-            kept = (upstream - factor).abs() <= PROMISE_TOLERANCE * factor.abs()
-            torch._assert_async(kept, "linear_cross_entropy: backward brings another gradient than upstream= promised")
+            _put_right(gradients, upstream, factor, ctx.backend)
+            ctx.is_used = True  # a second pass must leave alone what this one has handed out
         return (*gradients, None, None, None, None, None, None)
+
+
+def _put_right(gradients: list[Tensor | None], upstream: Tensor, factor: Tensor, backend: str) -> None:
+    """Change the kept gradients and the factor that is in them, unknown to autograd, which would let no pass follow."""
+    for gradient in gradients:
+        if gradient is not None:
+            put_right_(gradient.data, upstream, factor, backend=backend)
+    factor.data.copy_(upstream)
 
 
 def _differentiable(
@@ -172,6 +186,8 @@ def _differentiable(
     if job.chunk is None:
         logits_at_once = KERNEL_BYTES_AT_ONCE // dtype.itemsize if kernel else LOGITS_AT_ONCE
         job = job._replace(chunk=default_chunk(hidden.shape[0], weight.shape[0], logits_at_once))
+    if into is None and dtype == torch.float16:
+        factor = None  # 1 over some thousand labels would leave its range, where no loss scaling has widened it
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, factor, into, job, kernel, dtype)
     return _computed(hidden.to(dtype), weight.to(dtype), labels, None, None, job, kernel)[0]
@@ -211,11 +227,13 @@ def linear_cross_entropy(
     fp32 (a leaf only: an operation between the parameter and this op rounds to the parameter's dtype).
     A label that no rank holds makes the loss NaN.
 
-    upstream: a promise of the gradient that backward will bring to this sum, one number, such as 1 over the labels of
-    the step where the loss is divided by them. The gradients are then final at once, and backward costs nothing; where
-    it brings another one it stops the run (on CUDA by a device-side assertion).
+    upstream: the gradient that backward is expected to bring to this sum, one number, such as 1 over the labels of the
+    step where the loss is divided by them. The gradients then hold it at once, and backward costs nothing. Where it
+    brings another one they are put right in place, in half precision with one more rounding (none, where the two differ
+    by a power of two, as most factors of a loss do). In fp16 it is not used.
     accumulate_into: fp32 [V, H], to which the weight's gradient is added *here*, in the forward pass, wherever one is
-    wanted; autograd then brings the weight none. It needs `upstream`.
+    wanted; autograd then brings the weight none. It makes a promise of `upstream`: another one stops the run (on CUDA
+    by a device-side assertion).
 
     Raises:
         ValueError: a chunk of no token, one of the reductions without the other, or an `accumulate_into` that does not
@@ -241,7 +259,7 @@ def _as_factor(upstream: Tensor | float | None, weight: Tensor) -> Tensor | None
     """One number on the weight's device, in the precision of the loss. Python's takes no copy from the host."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     if upstream is None or isinstance(upstream, Tensor):
-        return upstream if upstream is None else upstream.detach().to(weight.device, precise).reshape(())
+        return upstream if upstream is None else upstream.detach().to(weight.device, precise, copy=True).reshape(())
     return torch.full((), upstream, dtype=precise, device=weight.device)
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from neox_hf.kernels import IGNORE_INDEX, Backend, cross_entropy, linear_cross_entropy
-from neox_hf.kernels.cross_entropy import labels_of_next_tokens, mean_over_labels
+from neox_hf.kernels.cross_entropy import labels_of_next_tokens, number_of_labels
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
@@ -55,16 +55,23 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def summed_loss(self, hidden_states: Tensor, next_tokens: Tensor, head: Tensor | None = None) -> Tensor:
+    def summed_loss(
+        self,
+        hidden_states: Tensor,
+        next_tokens: Tensor,
+        head: Tensor | None = None,
+        upstream: Tensor | float | None = None,
+    ) -> Tensor:
         """Sum of the losses of next tokens int64 [B, S], -100 for none, given what `finish` returns [B, S, H].
 
         fp32, the same on every rank of a tensor group; logits are never whole. head: the head's weight, if a view of it
-        must be what gets the gradient.
+        must be what gets the gradient. upstream: what the sum is about to be multiplied by; see `linear_cross_entropy`.
         """
         return linear_cross_entropy(
             hidden_states.flatten(0, 1),
             self.lm_head.weight if head is None else head,
             next_tokens.flatten(),
+            upstream=upstream,
             backend=self.kernels,
             **self.words_of_this_rank(),
         )
@@ -97,8 +104,8 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The loss of `causal_lm_loss`, from what `finish` returns [B, S, H]."""
         next_tokens = labels_of_next_tokens(labels, shift_labels, IGNORE_INDEX).to(hidden_states.device)
-        total = self.summed_loss(hidden_states, next_tokens)
-        return mean_over_labels(total, next_tokens, num_items_in_batch, IGNORE_INDEX)
+        count = number_of_labels(next_tokens, num_items_in_batch, IGNORE_INDEX)
+        return self.summed_loss(hidden_states, next_tokens, upstream=1 / count) / count
 
     @can_return_tuple
     def forward(

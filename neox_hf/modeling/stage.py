@@ -86,7 +86,7 @@ class Stage(nn.Module):
         labels: (next tokens, weight).
         """
         (hidden, head), (next_tokens, weight) = outputs, labels
-        return self.model.summed_loss(hidden, next_tokens, head) * weight
+        return self.model.summed_loss(hidden, next_tokens, head, upstream=weight) * weight
 
 
 def _is_on_meta(module: nn.Module) -> bool:

@@ -316,24 +316,68 @@ def test_a_label_that_no_rank_holds_gives_nan_on_every_rank():
     assert all(loss.isnan() for loss, _, _ in found)
 
 
-# --- a promised upstream, a buffer
+# --- an upstream that is known beforehand, a buffer
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("promise", [0.125, torch.tensor(0.125), torch.tensor([0.125], dtype=torch.float64)])
-def test_a_promised_upstream_gives_the_same_gradients(backend, promise):
+@pytest.mark.parametrize("expected", [0.125, torch.tensor(0.125), torch.tensor([0.125], dtype=torch.float64), 0.3, 8.0])
+def test_an_expected_upstream_gives_the_same_gradients_whatever_comes(backend, expected):
     data = small()
-    found = with_gradients(linear_cross_entropy, *data, upstream=0.125, promise=promise, backend=backend)
+    found = with_gradients(linear_cross_entropy, *data, upstream=0.125, promise=expected, backend=backend)
     assert_all_close(found, with_gradients(linear_cross_entropy, *data, upstream=0.125, backend=backend), 3e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("brought", [0.5, 0.5 * (1 + 2**-23), 2.0])
+def test_what_is_expected_but_for_a_power_of_two_is_not_rounded_again(backend, brought):
+    data = small(torch.bfloat16)
+    found = with_gradients(linear_cross_entropy, *data, upstream=brought, promise=0.5, backend=backend)
+    wanted = with_gradients(linear_cross_entropy, *data, upstream=0.5, promise=0.5, backend=backend)
+    assert all(torch.equal(a, (1 if brought < 1 else 4) * b) for a, b in zip(found[1:], wanted[1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_several_backward_passes_with_an_expectation(backend):
+    hidden, weight, labels = small()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    _, *once = with_gradients(linear_cross_entropy, *small(), backend=backend)
+    loss = linear_cross_entropy(hidden, weight, labels, upstream=0.5, backend=backend)
+    factors = (3.0, 3.0, -1.0)
+    found = [torch.autograd.grad(loss, (hidden, weight), torch.tensor(x), retain_graph=True) for x in factors]
+    for factor, gradients in zip(factors, found, strict=True):
+        for gradient, wanted in zip(gradients, once, strict=True):
+            assert torch.allclose(gradient, factor * wanted, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_the_caller_keeps_the_expectation_as_it_was():
+    expected = torch.tensor(0.125)
+    with_gradients(linear_cross_entropy, *small(), upstream=0.5, promise=expected)
+    assert expected.item() == 0.125
+
+
+def test_fp16_gradients_hold_no_expectation():
+    """Theirs would be zeros: 2^-24 is the least that there is."""
+    _, _, found = with_gradients(linear_cross_entropy, *small(torch.float16), upstream=1.0, promise=2.0**-30)
+    _, _, wanted = with_gradients(linear_cross_entropy, *small(torch.float16))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_number_makes_no_numbers(backend):
+    found = with_gradients(linear_cross_entropy, *small(), upstream=torch.nan, promise=0.5, backend=backend)
+    assert all(gradient.isnan().all() for gradient in found[1:])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_broken_promise_stops_the_run(backend):
+    hidden, weight, labels = small()
+    options = {"upstream": 0.125, "accumulate_into": torch.zeros_like(weight), "backend": backend}
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, **options)
     with pytest.raises(RuntimeError, match="backward brings another gradient than upstream= promised"):
-        with_gradients(linear_cross_entropy, *small(), upstream=0.126, promise=0.125, backend=backend)
+        (loss * 0.126).backward()
 
 
-def test_a_promise_keeps_what_is_final():
+def test_an_expectation_keeps_what_has_its_last_dtype():
     kept = []
     hidden, weight, labels = small(torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x):
