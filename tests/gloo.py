@@ -11,6 +11,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 COVERAGE_FILE = "RANKS_COVERAGE_FILE"
@@ -26,8 +27,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
     `function` must be importable, and what goes in and out must pickle.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server()
     results = context.SimpleQueue()
     port = free_port()
     ranks = [
@@ -42,6 +42,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         for process in ranks:
             process.kill()
             process.join()
+
+
+def fork_server() -> ForkServerContext:
+    """Starts processes in which everything is imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def free_port() -> int:

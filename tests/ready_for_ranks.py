@@ -4,6 +4,7 @@ DeepSpeed's extension for gloo is built here too: ranks that found it missing wo
 was killed meanwhile would leave its lock behind.
 """
 
+import atexit
 import gc
 import importlib
 import os
@@ -57,3 +58,4 @@ fill_caches()
 # A collection in a rank would walk all that was imported, and by touching it copy it from the fork server's memory.
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)  # what was never freed would be reported as leaked

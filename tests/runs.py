@@ -4,7 +4,6 @@ The processes come from the preloaded fork server of `tests.gloo`, which makes a
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.gloo import PRELOAD, free_port, measured
+from tests.gloo import fork_server, free_port, measured
 
 TIMEOUT_SECONDS = 200
 WORDS = [
@@ -50,8 +49,7 @@ class Runs:
 
     def start(self, name: str, *overrides: str, world_size: int = 1, prepare: Callable | None = None, **given: Any):
         """Start the ranks of a run in `folder/name`. `prepare(rank, **given)` runs in each before the job does."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = fork_server()
         recipe = self.folder / f"{name}.json"
         recipe.write_text(json.dumps(tiny_recipe(self.corpus, self.folder / name)))
         port = free_port()

@@ -1,6 +1,5 @@
 """SIGKILL in every phase of writing a checkpoint leaves a valid one, and the next writer cleans up."""
 
-import multiprocessing
 import shutil
 import signal
 from multiprocessing.context import ForkServerContext
@@ -12,16 +11,14 @@ import torch
 from neox_hf.checkpoint import Box, fill_boxes, find_latest, open_checkpoint
 from tests.checkpoint.conftest import build
 from tests.checkpoint.dying_writer import PHASES, write, write_and_die, write_and_die_in_a_file, write_of_two
-from tests.gloo import PRELOAD, free_port
+from tests.gloo import fork_server, free_port
 
 OLD, NEW = 1.0, 2.0
 
 
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
+    return fork_server()
 
 
 @pytest.fixture(scope="module")

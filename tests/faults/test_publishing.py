@@ -3,7 +3,6 @@ does.
 """
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM as StockForCausalLM
 
+from tests.gloo import fork_server
 from tests.hub_server import HubServer
 from tests.layouts import LAYOUTS, world_size
 from tests.runs import Runs, exit_codes
@@ -137,7 +137,7 @@ def test_a_dead_server_does_not_stop_training(runs, hub, required, code):
 
     if required:
         hub.heal()
-        command = multiprocessing.get_context("forkserver").Process(target=push_later, args=(hub.url, folder))
+        command = fork_server().Process(target=push_later, args=(hub.url, folder))
         command.start()
         assert exit_codes([command]) == [0]
         assert hub.pushes == ["step2", "step4", "main"]

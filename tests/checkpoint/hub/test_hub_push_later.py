@@ -2,14 +2,20 @@
 
 import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.checkpoint.hub.push import main
+from neox_hf.checkpoint.settings import HubSettings
+from tests.gloo import fork_server
+from tests.runs import exit_codes, kill_self
 
 REPO = "tester/tiny"
 
@@ -93,24 +99,26 @@ def test_two_processes_do_not_push_at_once(hub, interrupted):
     assert hub.pushes == ["step1", "step2", "main"]
 
 
+def publish_and_die(url: str, folder: Path, output_dir: Path) -> None:
+    """A run that is offline, and killed as soon as its checkpoint is queued and gone from its place."""
+    from huggingface_hub import constants
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, True
+    publisher = HubPublisher(HubSettings(repo_id=REPO), output_dir)
+    publisher.publish_step(folder, 7)
+    shutil.rmtree(folder)
+    kill_self()
+
+
 def test_after_a_killed_run_the_command_pushes_from_another_process(hub, checkpoint, tmp_path):
     """The run dies with nothing sent; its checkpoints are gone; the command finds all in the queue."""
-    offline = (
-        "import os, sys, shutil; from pathlib import Path; from neox_hf.checkpoint.hub import HubPublisher;"
-        "from neox_hf.checkpoint.settings import HubSettings;"
-        f"publisher = HubPublisher(HubSettings(repo_id={REPO!r}), Path(sys.argv[1]));"
-        "publisher.publish_step(Path(sys.argv[2]), 7); shutil.rmtree(sys.argv[2]); os.kill(os.getpid(), 9)"
-    )
     folder = checkpoint(7)
     weights = (folder / "model.safetensors").read_bytes()
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.getcwd()}
-    killed = subprocess.run(
-        [sys.executable, "-c", offline, str(tmp_path), str(folder)],
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert killed.returncode == -9
+    killed = fork_server().Process(target=publish_and_die, args=(hub.url, folder, tmp_path))
+    killed.start()
+    assert exit_codes([killed]) == [-signal.SIGKILL]
     assert not folder.exists()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.getcwd()}
     pushed = subprocess.run(
         [sys.executable, "-m", "neox_hf.checkpoint.hub.push", str(tmp_path)],
         env=environment,
