@@ -41,7 +41,9 @@ class GPTNeoXModel(stock.GPTNeoXModel):
 
     region = ALONE
     embed = model.GPTNeoXModel.embed
+    graphs = model.GPTNeoXModel.graphs
     run_layers = model.GPTNeoXModel.run_layers
+    _run_layers = model.GPTNeoXModel._run_layers
     finish = model.GPTNeoXModel.finish
     forward = model.GPTNeoXModel.forward
 
