@@ -4,10 +4,11 @@ With a = x[0 : R/2], b = x[R/2 : R] and c = x[R : D] of each query and key head,
 
     a' = a cos t - b sin t        b' = b cos t + a sin t        c' = c
 
-The gradient is turned back: the same with -t.
+The gradient is turned back: the same with -t. Where a linear has made qkv, the sum over tokens of what comes out is the
+gradient of its bias, and can be made in passing.
 
 Shapes: qkv [B batch, S sequence, N heads, 3, D head size]; cos and sin [B or 1, S, R/2], fp32, where R <= D is the
-rotated width; returns query, key and value, each [B, N, S, D].
+rotated width; bias [N x 3 x D]; returns query, key and value, each [B, N, S, D].
 Source: Su et al., 2021, arXiv 2104.09864; the halves, rather than adjacent pairs, are GPT-NeoX's (and the released
 weights').
 """
@@ -20,7 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
+from neox_hf.kernels.column_sums import column_sums, finish_column_sums
+from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import heads, whole
@@ -29,9 +33,16 @@ from neox_hf.kernels.registration import register, register_fake
 KEEPS_ROTATION = "keeps_rotation"
 """A policy of selective checkpointing that keeps `neox_hf::rotary_in_place` says so by this attribute."""
 
+PROGRAMS_WITH_SUMS = 4
+"""Programs for each multiprocessor where they hold sums: 16 warps, with 48 registers a thread for those."""
 
-def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+
+def rotary_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate in fp32 and round once; never in place. Splits, not slices: their gradient is one concatenation."""
+    if bias is not None:  # adds zeros, whose gradient is the bias's
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype).view(qkv.shape[2:])
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
     query_key, value = qkv.split([2, 1], dim=3)
@@ -112,6 +123,7 @@ def _assemble_kernel(
     value_batch,
     value_head,
     value_token,
+    partial,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -120,37 +132,51 @@ def _assemble_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """out[B, S, N, 3, D] of a block of tokens and heads, from tensors [B, N, S, D] of any strides but the last, 1."""
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    column = tl.arange(0, BLOCK_SIZE)
-    turned = column < 2 * HALF
-    batch, position = token // sequence, token % sequence
-    here = (token < tokens)[:, None] & turned[None, :]
-    angle = (batch * angles_of_batch + position * HALF)[:, None]
-    angle += tl.where(column < HALF, column, column - HALF)[None, :]
-    c, s = _load_angles(cos, sin, angle, here, BACK)
-    s *= tl.where(column < HALF, -1.0, 1.0)[None, None, :]
+    """out[B, S, N, 3, D] of blocks of tokens and heads, from tensors [B, N, S, D] of any strides but the last, 1.
 
-    inside = (token < tokens)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
-    paired = inside & turned[None, None, :]
+    Every program takes each num_programs-th block of tokens and, where there is `partial` [programs, N, 3, D], writes
+    the sums over its tokens there.
+    """
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
+    columns = tl.arange(0, BLOCK_SIZE)
+    turned = columns < 2 * HALF
+    column = columns[None, None, :]
     # A column's partner in the rotation is in the cache, since the same program reads it as itself. Neighbours are read
     # together as far as the largest power of two in HALF goes.
     TOGETHER: tl.constexpr = HALF & -HALF if HALF > 0 else 1
-    partner = tl.where(column < HALF, column + HALF, column - HALF)
+    partner = tl.where(columns < HALF, columns + HALF, columns - HALF)
     partner = tl.max_contiguous(tl.multiple_of(partner, TOGETHER), TOGETHER)[None, None, :]
-    batch, position = batch.to(tl.int64)[:, None, None], position.to(tl.int64)[:, None, None]
-    head, column = head[None, :, None], column[None, None, :]
-    query += batch * query_batch + head * query_head + position * query_token
-    key += batch * key_batch + head * key_head + position * key_token
-    value += batch * value_batch + head * value_head + position * value_token
-    q = _load_turned(query, column, partner, c, s, inside, paired)
-    k = _load_turned(key, column, partner, c, s, inside, paired)
-    v = tl.load(value + column, mask=inside, other=0.0)
-    out += token.to(tl.int64)[:, None, None] * (HEADS * 3 * SIZE) + head * (3 * SIZE) + column
-    tl.store(out, q.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + SIZE, k.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + 2 * SIZE, v, mask=inside)
+    of_query = tl.zeros([BLOCK_TOKENS, BLOCK_HEADS, BLOCK_SIZE], tl.float32)
+    of_key, of_value = of_query, of_query
+    for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_TOKENS), tl.num_programs(0)):
+        token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        batch, position = token // sequence, token % sequence
+        here = (token < tokens)[:, None] & turned[None, :]
+        angle = (batch * angles_of_batch + position * HALF)[:, None]
+        angle += tl.where(columns < HALF, columns, columns - HALF)[None, :]
+        c, s = _load_angles(cos, sin, angle, here, BACK)
+        s *= tl.where(columns < HALF, -1.0, 1.0)[None, None, :]
+        inside = (token < tokens)[:, None, None] & (head < HEADS) & (column < SIZE)
+        paired = inside & turned[None, None, :]
+        batch, position = batch.to(tl.int64)[:, None, None], position.to(tl.int64)[:, None, None]
+        from_query = query + (batch * query_batch + head * query_head + position * query_token)
+        from_key = key + (batch * key_batch + head * key_head + position * key_token)
+        from_value = value + (batch * value_batch + head * value_head + position * value_token)
+        q = _load_turned(from_query, column, partner, c, s, inside, paired)
+        k = _load_turned(from_key, column, partner, c, s, inside, paired)
+        v = tl.load(from_value + column, mask=inside, other=0.0)
+        to = out + token.to(tl.int64)[:, None, None] * (HEADS * 3 * SIZE) + head * (3 * SIZE) + column
+        tl.store(to, q.to(out.dtype.element_ty), mask=inside)
+        tl.store(to + SIZE, k.to(out.dtype.element_ty), mask=inside)
+        tl.store(to + 2 * SIZE, v, mask=inside)
+        if partial is not None:
+            of_query, of_key, of_value = of_query + q, of_key + k, of_value + v.to(tl.float32)
+    if partial is not None:
+        place = tl.program_id(0) * (HEADS * 3 * SIZE) + head * (3 * SIZE) + column
+        inside = (head < HEADS) & (column < SIZE)
+        tl.store(partial + place, tl.sum(of_query, axis=0, keep_dims=True), mask=inside)
+        tl.store(partial + place + SIZE, tl.sum(of_key, axis=0, keep_dims=True), mask=inside)
+        tl.store(partial + place + 2 * SIZE, tl.sum(of_value, axis=0, keep_dims=True), mask=inside)
 
 
 @functools.cache
@@ -203,18 +229,27 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
 
 
 @register("rotary_assemble")
-def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """Turn query and key [B, N, S, D] and lay them with value into a new [B, S, N, 3, D]; each byte is moved once."""
+def rotary_assemble(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool, sum_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Turn query and key [B, N, S, D] and lay them with value into a new [B, S, N, 3, D]; each byte is moved once.
+
+    Besides, with a `sum_dtype`, the sums [N x 3 x D] over all tokens; else an empty tensor.
+    """
     batch, count, sequence, size = query.shape
     out = query.new_empty(batch, sequence, count, 3, size)
     if out.numel() == 0:
-        return out
+        return out, query.new_zeros(0 if sum_dtype is None else count * 3 * size, dtype=sum_dtype)
     # What a sum sends back is one element expanded over all.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     cos, sin, angles_of_batch = _angles(cos, sin)
     block_tokens, block_heads, block_size = _tile(size, count)
-    grid = (-(-batch * sequence // block_tokens), -(-count // block_heads))
-    _assemble_kernel[grid](
+    programs, blocks = -(-batch * sequence // block_tokens), -(-count // block_heads)
+    partial = None
+    if sum_dtype is not None:
+        programs = min(programs, max(multiprocessors(query.device) * PROGRAMS_WITH_SUMS // blocks, 1))
+        partial = query.new_empty(programs, count * 3 * size, dtype=torch.float32)
+    _assemble_kernel[(programs, blocks)](
         query,
         key,
         value,
@@ -227,6 +262,7 @@ def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
+        partial,
         HEADS=count,
         SIZE=size,
         HALF=cos.shape[-1],
@@ -236,13 +272,16 @@ def rotary_assemble(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
         BLOCK_SIZE=block_size,
         num_warps=4,
     )
-    return out
+    return out, query.new_empty(0) if partial is None else finish_column_sums(partial, sum_dtype)
 
 
 @register_fake(rotary_assemble)
-def _(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, back: bool, sum_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     batch, count, sequence, size = query.shape
-    return query.new_empty(batch, sequence, count, 3, size)
+    sums = query.new_empty(0 if sum_dtype is None else count * 3 * size, dtype=sum_dtype)
+    return query.new_empty(batch, sequence, count, 3, size), sums
 
 
 class _Rotary(torch.autograd.Function):
@@ -251,32 +290,36 @@ class _Rotary(torch.autograd.Function):
     is told by autograd."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
+        ctx.sum_dtype = gradient_dtype(bias) if ctx.needs_input_grad[4] else None
         ctx.set_materialize_grads(False)
         ctx.takes_one_buffer = True
         if not in_place:
-            return heads(rotary_assemble(*heads(qkv), cos, sin, False))
+            return heads(rotary_assemble(*heads(qkv), cos, sin, False, None)[0])
         turned = qkv.detach()
         rotary_in_place(turned, cos, sin, False)
         return heads(turned)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = next((gradient for gradient in gradients if gradient is not None), None)
         if given is None:
-            return None, None, None, None
-        cos, sin = ctx.saved_tensors
+            return None, None, None, None, None
+        (cos, sin), dtype = ctx.saved_tensors, ctx.sum_dtype
         buffer = None if torch.compiler.is_compiling() else whole(*gradients)
         if buffer is not None:
             rotary_in_place(buffer, cos, sin, True)
-            return buffer, None, None, None
+            return buffer, None, None, None, None if dtype is None else column_sums(buffer.flatten(2), dtype)
         if any(gradient is None for gradient in gradients):
             # What is not given is one row of zeros, read again and again.
             nothing = given.new_zeros(given.shape[-1]).expand_as(given)
             gradients = [nothing if gradient is None else gradient for gradient in gradients]
-        return rotary_assemble(*gradients, cos, sin, True), None, None, None
+        for_qkv, sums = rotary_assemble(*gradients, cos, sin, True, dtype)
+        return for_qkv, None, None, None, None if dtype is None else sums
 
 
 def may_change(qkv: Tensor) -> bool:
@@ -301,16 +344,24 @@ def _is_rotated_again() -> bool:
     return False
 
 
-def rotary_triton(qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def rotary_triton(
+    qkv: Tensor, cos: Tensor, sin: Tensor, in_place: bool = True, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Views of qkv, rotated where it is, or of a rotated copy."""
-    return _Rotary.apply(qkv, cos, sin, in_place and may_change(qkv))
+    return _Rotary.apply(qkv, cos, sin, in_place and may_change(qkv), bias)
 
 
 ROTARY = Op("rotary", torch=rotary_reference, triton=rotary_triton)
 
 
 def rotary(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, in_place: bool = True, backend: str = "auto"
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    in_place: bool = True,
+    bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split qkv [B, S, N, 3, D] into query, key and value [B, N, S, D] and rotate the first two.
 
@@ -320,6 +371,9 @@ def rotary(
     False. The kernel copies, in the same pass, a qkv that is not contiguous, that is a parameter's memory, or that
     selective checkpointing may keep and rotate again. The reference always copies. cos and sin get no gradient from the
     kernel.
+
+    bias [N x 3 x D]: what the linear before has added to qkv already, detached. It gets its gradient from here, where
+    the kernel sums it up in passing, and is not read.
 
     Raises:
         ValueError: the shapes do not fit, or the angles are wider than a head.
@@ -335,4 +389,6 @@ def rotary(
             f"rotary was given qkv {list(qkv.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)}; "
             "it wants [B, S, N, 3, D] and twice [B or 1, S, R/2]"
         )
-    return ROTARY.choose(backend, qkv)(qkv, cos, sin, in_place)
+    if bias is not None and bias.shape != (qkv.shape[2:].numel(),):
+        raise ValueError(f"rotary was given a bias {list(bias.shape)} of qkv {list(qkv.shape)}; it wants [N x 3 x D]")
+    return ROTARY.choose(backend, qkv)(qkv, cos, sin, in_place, bias)

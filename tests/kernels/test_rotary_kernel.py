@@ -39,8 +39,8 @@ class Projection(torch.nn.Module):
         self.in_place = in_place
 
     def forward(self, x, backend="triton"):
-        qkv = self.linear(x).view(*x.shape[:2], COUNT, 3, SIZE)
-        query, key, value = rotary(qkv, *self.angles, in_place=self.in_place, backend=backend)
+        qkv = F.linear(x, self.linear.weight, self.linear.bias.detach()).view(*x.shape[:2], COUNT, 3, SIZE)
+        query, key, value = rotary(qkv, *self.angles, in_place=self.in_place, bias=self.linear.bias, backend=backend)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     def gradients(self, run, x):
@@ -189,6 +189,31 @@ def test_zeros_are_made_only_for_what_is_not_given():
         assert operators.called.count(torch.ops.aten.new_zeros.default) == zeros
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("batch", "sequence", "count", "size"), [(2, 3, 3, 32), (3, 41, 1, 16), (1, 5, 70, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_bias_before_it(backend, dtype, batch, sequence, count, size):
+    """In fp32, where the parameter says so; the bias itself is not read."""
+    qkv, leaf = produced(batch, sequence, count, size, dtype)
+    bias = torch.nn.Parameter(torch.full((count * 3 * size,), torch.nan if backend == "triton" else 1.0, dtype=dtype))
+    bias.grad_dtype = torch.float32
+    outputs = rotary(qkv, *angles(sequence, ROTATED), bias=bias, backend=backend)
+    torch.autograd.backward(outputs, [torch.randn_like(x) for x in outputs])
+    wanted = leaf.grad.double().sum((0, 1)).flatten()
+    assert bias.grad.dtype == (torch.float32 if backend == "triton" else bias.grad.dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_same((bias.grad.double(),), (wanted,), tolerance)
+
+
+def test_no_sum_for_a_bias_that_wants_none():
+    qkv, leaf = produced()
+    bias = torch.zeros(COUNT * 3 * SIZE)
+    outputs = rotary(qkv, *angles(SEQUENCE, ROTATED), bias=bias, backend="triton")
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    assert leaf.grad is not None
+    assert bias.grad is None
+
+
 def test_a_gradient_expanded_from_one_number():
     qkv, leaf = produced()
     cos, sin = angles(SEQUENCE, ROTATED)
@@ -221,10 +246,12 @@ def test_gradients_that_lie_in_one_buffer_are_rotated_there(between, in_place):
     buffers, arrived = [], []
     qkv, leaf = produced()
     qkv.register_hook(arrived.append)
-    outputs = rotary(qkv, cos, sin, backend="triton")
+    bias = torch.zeros(COUNT * 3 * SIZE, requires_grad=True)
+    outputs = rotary(qkv, cos, sin, bias=bias, backend="triton")
     weight = torch.randn(BATCH, COUNT, SEQUENCE, SIZE)
     (OneBuffer.apply(*map(between, outputs), buffers) * weight).sum().backward()
     assert (arrived[0].data_ptr() == buffers[0].data_ptr()) is in_place
+    assert_same((bias.grad,), (leaf.grad.sum((0, 1)).flatten(),))
 
     copy = leaf.detach().requires_grad_()
     query, key, value = rotary(copy, cos, sin, backend="torch")
@@ -328,7 +355,8 @@ def test_registered_operators_are_what_they_say():
     qkv = torch.randn(BATCH, SEQUENCE, COUNT, 3, SIZE)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(IN_PLACE, (qkv, cos, sin, False), test_utils=checks)
-    torch.library.opcheck(ASSEMBLE, (*heads(qkv), cos, sin, True), test_utils=checks)
+    torch.library.opcheck(ASSEMBLE, (*heads(qkv), cos, sin, True, torch.float32), test_utils=checks)
+    torch.library.opcheck(ASSEMBLE, (*heads(qkv), cos, sin, True, None), test_utils=checks)
 
 
 def test_shapes_alone():
@@ -367,6 +395,8 @@ def test_shapes_that_do_not_fit_are_named():
     cos, sin = angles(4, 8)
     with pytest.raises(ValueError, match=r"qkv \[2, 3, 2, 3, 16\], cos \[1, 4, 4\] .* wants \[B, S, N, 3, D\]"):
         rotary(torch.randn(2, 3, 2, 3, 16), cos, sin)
+    with pytest.raises(ValueError, match=r"bias \[97\] of qkv \[2, 4, 2, 3, 16\]; it wants \[N x 3 x D\]"):
+        rotary(torch.randn(2, 4, 2, 3, 16), cos, sin, bias=torch.zeros(97))
 
 
 def test_the_op_has_a_kernel():
