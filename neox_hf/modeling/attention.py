@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neox_hf.kernels import causal_attention, causal_softmax, rotary
+from neox_hf.kernels import ROTARY, causal_attention, causal_softmax, rotary
+from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
-from neox_hf.parallel import ALONE, TensorRegion, column_linear, row_linear
+from neox_hf.parallel import ALONE, Linear, TensorRegion, column_linear, row_linear
 
 
 class GPTNeoXAttention(nn.Module):
@@ -46,21 +47,32 @@ class GPTNeoXAttention(nn.Module):
         attention_mask: Tensor | None,
         layer_past: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        leave_bias: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, S, H] -> ([B, S, H], weights [B, N, S, keys] or None where the implementation has none)."""
-        fused = self.query_key_value(hidden_states)
-        batch_shape = fused.shape[:-1]
-        qkv = fused.view(*batch_shape, -1, 3, self.head_size)
+        """hidden_states [B, S, H] -> ([B, S, H], weights [B, N, S, keys] or None where the implementation has none).
+
+        leave_bias: the caller adds the bias of `dense`.
+        """
+        qkv, bias = self._project(hidden_states)
         cos, sin = position_embeddings
-        query, key, value = rotary(qkv, cos, sin, backend=self.kernels)
+        query, key, value = rotary(qkv, cos, sin, bias=bias, backend=self.kernels)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         plain = attention_mask is None and layer_past is None and kwargs.get("is_causal", True)
         with self.region.own_random(query.device, kwargs["dropout"]):
             output, weights = self._implementation(plain)(self, query, key, value, attention_mask, **kwargs)
-        return self.dense(output.reshape(*batch_shape, -1)), weights
+        dense = self.dense.product if leave_bias else self.dense
+        return dense(output.reshape(*qkv.shape[:2], -1)), weights
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The fused projection [B, S, N, 3, D], and its bias if the rotation's kernel is to sum that one's gradient."""
+        linear = self.query_key_value
+        leaves = is_bare(linear, Linear) and linear.bias is not None and not linear.trains_in_fp8
+        leaves = leaves and ROTARY.has_kernel_for(self.kernels, hidden_states)
+        fused = linear.leaving_bias(hidden_states) if leaves else linear(hidden_states)
+        return fused.view(*fused.shape[:-1], -1, 3, self.head_size), linear.bias if leaves else None
 
     def _implementation(self, plain: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The implementation that the configuration names now: `set_attn_implementation` may change it between passes.

@@ -12,7 +12,7 @@ from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GPTNeoXMLP
 from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize, normalize_twice
-from neox_hf.parallel import ALONE, TensorRegion, enter
+from neox_hf.parallel import ALONE, Linear, TensorRegion, enter
 
 
 class GPTNeoXLayer(GradientCheckpointingLayer):
@@ -59,9 +59,11 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         if self.use_parallel_residual:
             entered = enter(hidden_states, region, self.attention, self.mlp)
             stream, *normed = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
-            branches = (self.attention(normed[0], **seen)[0], self.mlp(normed[1]))
             dropouts = (self.post_attention_dropout, self.post_mlp_dropout)
-            return self._joined(self._outside(hidden_states, stream), region, branches, dropouts)
+            biases = self._biases_left(stream, region, dropouts)
+            leave = {"leave_bias": True} if biases else {}
+            branches = (self.attention(normed[0], **leave, **seen)[0], self.mlp(normed[1], **leave))
+            return self._joined(self._outside(hidden_states, stream), region, branches, dropouts, biases)
 
         entered = enter(hidden_states, region, self.attention)
         stream, normed = normalize(self.input_layernorm, entered)
@@ -73,16 +75,45 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         stream = self._outside(hidden_states, stream)
         return self._joined(stream, region, (self.mlp(normed),), (self.post_mlp_dropout,))
 
-    def _joined(
-        self, stream: Tensor, region: TensorRegion, branches: tuple[Tensor, ...], dropouts: tuple[nn.Module, ...]
-    ) -> Tensor:
-        """stream + the dropout of each branch, which are partial sums where the region splits the block."""
-        rate = getattr(dropouts[0], "p", 0.0) if self.training else 0.0
+    def _biases_left(
+        self, stream: Tensor, region: TensorRegion, dropouts: tuple[nn.Module, ...]
+    ) -> tuple[Tensor, ...] | None:
+        """Biases that the two branches leave to the sum behind them: there both have one gradient, made once."""
+        if self._rate_in_join(stream, region, dropouts) is None:
+            return None
+        if not all(is_bare(each, GPTNeoXAttention, GPTNeoXMLP) for each in (self.attention, self.mlp)):
+            return None
+        dense = (self.attention.dense, self.mlp.dense_4h_to_h)
+        if not all(is_bare(each, Linear) and each.bias is not None and not each.trains_in_fp8 for each in dense):
+            return None
+        return tuple(each.bias for each in dense)
+
+    def _rate_in_join(self, stream: Tensor, region: TensorRegion, dropouts: tuple[nn.Module, ...]) -> float | None:
+        """The probability with which the kernel of the sum drops elements; None if dropout is left to its modules."""
+        rate = getattr(dropouts[0], "p", 0.0)
         alike = all(is_bare(dropout, nn.Dropout) and dropout.p == rate for dropout in dropouts)
-        if rate and alike and region.size == 1 and BIAS_DROPOUT_RESIDUAL.has_kernel_for(self.kernels, stream):
+        if not alike or region.size > 1 or not BIAS_DROPOUT_RESIDUAL.has_kernel_for(self.kernels, stream):
+            return None
+        return rate if self.training else 0.0
+
+    def _joined(
+        self,
+        stream: Tensor,
+        region: TensorRegion,
+        branches: tuple[Tensor, ...],
+        dropouts: tuple[nn.Module, ...],
+        biases: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        """stream + the dropout of each branch, which are partial sums where the region splits the block.
+
+        biases: what the branches still lack, by branch.
+        """
+        rate = self._rate_in_join(stream, region, dropouts)
+        if rate or biases:
             first, second = (*branches, None)[:2]
-            seed = draw_dropout_seed(stream.device)
-            return bias_dropout_residual(stream, first, None, second, None, rate, seed, backend=self.kernels)
+            bias1, bias2 = biases or (None, None)
+            seed = draw_dropout_seed(stream.device) if rate else None
+            return bias_dropout_residual(stream, first, bias1, second, bias2, rate, seed, backend=self.kernels)
         dropped = [dropout(branch) for dropout, branch in zip(dropouts, branches, strict=True)]
         return residual_add(stream, *region.leave_together(*dropped), backend=self.kernels)
 

@@ -24,12 +24,14 @@ class GPTNeoXMLP(nn.Module):
         self.dense_4h_to_h = output_layer(row_linear(config.intermediate_size, config.hidden_size, region))
         self.act = activation(config)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, leave_bias: bool = False) -> Tensor:
+        """leave_bias: the caller adds the bias of `dense_4h_to_h`."""
         if self._is_one_op_in_fp8:
             up, down = self.dense_h_to_4h, self.dense_4h_to_h
             states = up.fp8, down.fp8
             return fp8_mlp(hidden_states, up.weight, up.bias, down.weight, down.bias, self.act.form, states)
-        return self.dense_4h_to_h(self._activated(hidden_states))
+        dense = self.dense_4h_to_h.product if leave_bias else self.dense_4h_to_h
+        return dense(self._activated(hidden_states))
 
     @property
     def _is_one_op_in_fp8(self) -> bool:

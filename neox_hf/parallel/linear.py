@@ -36,6 +36,10 @@ class Linear(nn.Linear):
         """x W^T; the bias is left to who adds it in passing."""
         return self._product(x, None)
 
+    def leaving_bias(self, x: Tensor) -> Tensor:
+        """x W^T + b, where the gradient of b is left to who sums it in passing."""
+        return self._product(x, self.bias.detach())
+
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.trains_in_fp8:
             return fp8_linear(x, self.weight, bias, self.fp8)
