@@ -22,7 +22,7 @@ demo: ## set-up, then the main job on the embedded corpus
 	@scripts/demo.sh
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not multigpu and not slow and not network" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multigpu and not slow and not network" --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow"

@@ -146,6 +146,6 @@ def _run_rank(rank, world_size, port, recipe, overrides, prepare, given) -> None
 
     if prepare is not None:
         prepare(rank, **given)
-    with measured(rank, world_size), exit_on_user_error():
+    with measured(rank), exit_on_user_error():
         code = pretrain(load_recipe([str(recipe)], None, overrides))
     sys.exit(code)
