@@ -6,8 +6,11 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPTNeoXConfig as StockConfig
+from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
 from neox_hf.data import DataSettings, SourceSettings, TokenizerSettings, TokenStream, build_tokenizer
+from neox_hf.errors import RecipeError
 from neox_hf.modeling import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.trainer import NeoXTrainer
@@ -80,8 +83,7 @@ def test_two_ranks_follow_one_and_agree_on_scales(runs):
     assert runs.run("pair", *options, "train.max_steps=10", world_size=2) == [0, 0], runs.message("pair", 1)
 
 
-def curve(folder, precision: str, steps: int = 60) -> torch.Tensor:
-    """Losses of a small model, each step."""
+def small_trainer(folder, precision: str, **changes) -> NeoXTrainer:
     folder.mkdir()
     corpus = write_corpus(folder / "corpus.jsonl", documents=400)
     settings = DataSettings(sources=[SourceSettings(path=str(corpus))], seq_length=64, streams=4)
@@ -93,25 +95,44 @@ def curve(folder, precision: str, steps: int = 60) -> torch.Tensor:
         output_dir=str(folder),
         use_cpu=True,
         precision=precision,
-        max_steps=steps,
         per_device_train_batch_size=8,
         learning_rate=3e-3,
         lr_decay_style="cosine",
         lr_warmup_fraction=0.1,
         logging_steps=1,
-        save_schedule="none",
         peak_tflops=1.0,
         disable_tqdm=True,
+        **changes,
     )
     torch.manual_seed(0)
     stream = TokenStream(settings, tokenizer, split="train", vocab_size=config.vocab_size)
-    trainer = NeoXTrainer(GPTNeoXForCausalLM(config), arguments, train_dataset=stream, processing_class=tokenizer)
+    return NeoXTrainer(GPTNeoXForCausalLM(config), arguments, train_dataset=stream, processing_class=tokenizer)
+
+
+def curve(trainer: NeoXTrainer) -> torch.Tensor:
     trainer.train()
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 def test_the_curve_is_that_of_bf16(tmp_path):
-    half, eight = (curve(tmp_path / precision, precision) for precision in ("bf16", "fp8"))
+    options = {"max_steps": 60, "save_schedule": "none"}
+    half, eight = (curve(small_trainer(tmp_path / name, name, **options)) for name in ("bf16", "fp8"))
     assert half[-1] < 0.4 * half[0]
     assert not torch.equal(half, eight)
     assert ((eight - half).abs() / half).max() < 5e-3
+
+
+def test_other_weights_are_scaled_by_their_own_values(tmp_path):
+    trainer = small_trainer(tmp_path / "run", "fp8", max_steps=2, save_steps=2)
+    trainer.train()
+    assert trainer.fp8.scales.capturable
+    trainer._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+    assert not trainer.fp8.scales.capturable
+    assert not any(slot.knows() for slot in trainer.fp8.scales.slots.values())
+
+
+def test_a_model_of_another_class_is_refused(tmp_path):
+    config = StockConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    arguments = NeoXTrainingArguments(output_dir=str(tmp_path), use_cpu=True, precision="fp8")
+    with pytest.raises(RecipeError, match="without linears of neox_hf's block; use bf16"):
+        NeoXTrainer(stock.GPTNeoXForCausalLM(config), arguments)
