@@ -189,7 +189,8 @@ def bias_gelu_backward(
     if columns == 0:
         return dx, x.new_empty(0, dtype=sum_dtype or x.dtype), y
     rows = x.numel() // columns
-    grid = column_grid(rows, columns, TILE_ROWS, multiprocessors(x.device))
+    # Persistent for the sums' sake alone: without them many small programs keep the memory busier.
+    grid = column_grid(rows, columns, TILE_ROWS, None if sum_dtype is None else multiprocessors(x.device))
     partial = None if sum_dtype is None else x.new_empty(grid.slabs, columns, dtype=torch.float32)
     _backward_kernel[grid.programs](
         x,
