@@ -120,6 +120,19 @@ def test_fp32_gradient_of_the_weight_and_a_buffer_agree(dtype):
     assert (buffer - 1 - own).norm() <= 1e-5 * own.norm() + 1e-7 * buffer.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("brought", [0.3, 0.15, 0.7, 1e-4])
+def test_an_expected_upstream(dtype, brought):
+    """What comes is what was expected, half of it, or anything: then one more rounding of what is in half precision."""
+    data = head(dtype)
+    found = with_gradients(linear_cross_entropy, *data, upstream=brought, promise=0.3, chunk=64, backend="triton")
+    torchs = with_gradients(by_torch, *data, upstream=brought)
+    exact = with_gradients(by_torch, data[0].double(), data[1].double(), data[2], upstream=brought)
+    more = 0.0 if brought in (0.3, 0.15) else torch.finfo(dtype).eps / 2
+    for name, *tensors in zip(("of hidden", "of weight"), found[1:], torchs[1:], exact[1:], strict=True):
+        no_further(*tensors, name, tiny=1e-6 + more)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks_together(size, dtype):
