@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     """The first ranks of a session that measures coverage measure theirs too; see `tests.gloo.measured`."""
+    config.addinivalue_line("markers", "no_cover: pytest-cov, where it is installed, measures nothing in this test")
     if getattr(config.option, "cov_source", None):
         os.environ[COVERAGE_FILE] = str(config.rootpath / ".coverage")
 
@@ -29,12 +30,22 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG_FOLDERS = ["topologies", "faults", "recipes", "training", "checkpoint"]
 """Whole runs, in files that take a minute."""
 
+UNMEASURED_FOLDERS = {"parity", "scripts"}
+"""Compilers and benchmarks, which measuring coverage makes twice as slow; they run what other tests cover."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: workers are dealt files in this order, and end together on short ones."""
     places = {name: place for place, name in enumerate(LONG_FOLDERS)}
-    folder = Path(__file__).parent
-    items.sort(key=lambda item: places.get(item.path.relative_to(folder).parts[0], len(places)))
+    items.sort(key=lambda item: places.get(folder_of(item), len(places)))
+    for item in items:
+        if folder_of(item) in UNMEASURED_FOLDERS:
+            item.add_marker(pytest.mark.no_cover)
+
+
+def folder_of(item: pytest.Item) -> str:
+    """The folder of `tests/` that a test lies in."""
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 def pytest_collection_finish() -> None:
