@@ -146,3 +146,38 @@ def test_a_captured_step_is_the_step():
     assert torch.equal(out, again)
     assert torch.equal(gradient, expected)
     assert table.slots["up.input"].amax.item() == x.abs().max().float().item()
+
+
+def test_a_graph_goes_on_with_other_weights_and_scales():
+    table, states, parameters = a_layer()
+    weights = parameters[::2]
+    x = torch.randn(512, 256, device="cuda").bfloat16().requires_grad_()
+
+    def step_has_ended() -> None:
+        table.advance()
+        for state, weight in zip(states, weights, strict=True):
+            state.weight.refresh(weight)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            fp8_mlp(x, *parameters, "erf", states).sum().backward()
+            step_has_ended()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert table.capturable
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp8_mlp(x, *parameters, "erf", states)
+        (gradient,) = torch.autograd.grad(out.sum(), [x])
+    for factor in (3.0, 0.1):
+        with torch.no_grad():
+            x.copy_(factor * torch.randn_like(x))
+            for weight in weights:
+                weight.mul_(factor)
+        step_has_ended()
+        graph.replay()
+        again = fp8_mlp(x, *parameters, "erf", states)
+        (expected,) = torch.autograd.grad(again.sum(), [x])
+        assert torch.equal(out, again)
+        assert torch.equal(gradient, expected)

@@ -12,6 +12,7 @@ from neox_hf.modeling import mlp as mlp_module
 from neox_hf.modeling.fp8_layers import compute_in_fp8, refresh_fp8_weights
 from neox_hf.modeling.recompute import recompute_kwargs, recompute_selectively
 from neox_hf.parallel import Linear
+from neox_hf.parallel.data_parallel import accumulate_gradients_in_fp32
 
 TOKENS = torch.arange(60).view(2, 30) % 64
 
@@ -155,6 +156,21 @@ def test_weights_are_made_when_told_in_memory_that_stays(make_model):
     again = linear.fp8.weight.of(linear.weight)
     assert again.rows is made.rows
     assert again.inverse.data_ptr() == table.slots["gpt_neox.layers.0.attention.dense.weight"].inverse.data_ptr()
+
+
+def test_kernels_compute_what_the_references_do(make_model):
+    """In place where they rotate, one gradient for both branches, and summed where the weights say."""
+    found = []
+    for kernels in ("torch", "triton"):
+        model = make_model(kernels=kernels, num_hidden_layers=1).train()
+        accumulate_gradients_in_fp32(model)
+        table = compute_in_fp8(model)
+        for _ in range(2):
+            gradients = gradients_of(model)
+            table.advance()
+            refresh_fp8_weights(model)
+        found.append(gradients)
+    assert max(error(found[1][name], truth) for name, truth in found[0].items()) < 1e-3
 
 
 def test_the_choice_of_kernels_holds(make_model):
