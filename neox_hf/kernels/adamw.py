@@ -20,10 +20,14 @@ from torch.optim.adamw import adamw
 
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.language import tl, triton
-from neox_hf.kernels.tensor_list import ELEMENT_TYPES, TensorTables, find_chunk, is_aligned
+from neox_hf.kernels.tensor_list import ELEMENT_TYPES, LARGEST_CHUNK, TensorTables, find_chunk, is_aligned
 
 BLOCK = 1024
 WARPS = 4
+
+BYTES_THAT_FILL_A_PROGRAM = 24
+"""Read and written for one element, from which on a program has one block and no loop: on an H200 the step with fp32
+masters, 30 bytes, takes 10.1 ms for 1.4e9 parameters so, 10.8 with 64 blocks, and a copy of as many bytes 10.0."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ def adamw_triton(
     copies = [g.contiguous() for g in tensors.gradients]
     columns = tensors.columns
     columns[1] = copies
-    table = tables.table(columns)
+    table = tables.table(columns, _largest_chunk(columns))
     skip = skip.view(torch.uint8) if skip is not None and skip.dtype == torch.bool else skip
     scalars = _begin_step(table.addresses, rates, skip)
     layout = table.layout
@@ -249,6 +253,13 @@ def adamw_triton(
         for gradient, copy in zip(tensors.gradients, copies, strict=True):
             if copy is not gradient:
                 gradient.zero_()
+
+
+def _largest_chunk(columns: list[list[Tensor]]) -> int:
+    """Elements of one program."""
+    weights, gradients, *states = [column[0].itemsize for place, column in enumerate(columns) if place != 4]  # no steps
+    moved = (1 if len(states) > 2 else 2) * weights + gradients + 2 * sum(states)
+    return BLOCK if moved >= BYTES_THAT_FILL_A_PROGRAM else LARGEST_CHUNK
 
 
 def _begin_step(addresses: Tensor, rates: AdamWRates, skip: Tensor | None) -> Tensor:

@@ -30,8 +30,12 @@ from neox_hf.kernels.registration import register, register_fake
 GeluForm = Literal["erf", "tanh"]
 TORCH_FORMS: dict[str, str] = {"erf": "none", "tanh": "tanh"}
 
-TILE_ROWS = 4
-"""Rows of a tile: as many loads of 16 bytes are under way for every lane and input."""
+TILE_ROWS = 2
+"""Rows of a tile: as many loads of 16 bytes are under way for every lane and input. On an H200 one takes a tenth longer
+and four take 3 % (forward) to 17 % (backward) longer."""
+
+WARPS_IN_FLIGHT = 32
+"""Warps per multiprocessor where programs hold sums, whose two rows are half of what other sums have under way."""
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor | None, form: str, makes_again: bool = False) -> Tensor:
@@ -190,7 +194,8 @@ def bias_gelu_backward(
         return dx, x.new_empty(0, dtype=sum_dtype or x.dtype), y
     rows = x.numel() // columns
     # Persistent for the sums' sake alone: without them many small programs keep the memory busier.
-    grid = column_grid(rows, columns, TILE_ROWS, None if sum_dtype is None else multiprocessors(x.device))
+    persistent = None if sum_dtype is None else multiprocessors(x.device)
+    grid = column_grid(rows, columns, TILE_ROWS, persistent, WARPS_IN_FLIGHT)
     partial = None if sum_dtype is None else x.new_empty(grid.slabs, columns, dtype=torch.float32)
     _backward_kernel[grid.programs](
         x,

@@ -45,7 +45,9 @@ class ColumnGrid:
 
 
 @functools.lru_cache(1024)
-def column_grid(rows: int, columns: int, tile_rows: int, multiprocessors: int | None = None) -> ColumnGrid:
+def column_grid(
+    rows: int, columns: int, tile_rows: int, multiprocessors: int | None = None, warps_in_flight: int = WARPS_IN_FLIGHT
+) -> ColumnGrid:
     """The widest blocks that leave the fewest lanes idle.
 
     Persistent where `multiprocessors` is given: no more programs than run at once. Otherwise one for every tile.
@@ -54,7 +56,7 @@ def column_grid(rows: int, columns: int, tile_rows: int, multiprocessors: int | 
     warps, blocks = width // WARP_COLUMNS, -(-columns // width)
     slabs = -(-rows // tile_rows)
     if multiprocessors is not None:
-        slabs = min(slabs, multiprocessors * WARPS_IN_FLIGHT // (blocks * warps))
+        slabs = min(slabs, multiprocessors * warps_in_flight // (blocks * warps))
     return ColumnGrid(width, warps, blocks, max(slabs, 1))
 
 

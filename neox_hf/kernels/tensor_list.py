@@ -17,6 +17,9 @@ from neox_hf.kernels.language import tl, triton
 ELEMENT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """What a kernel reads an address as."""
 
+LARGEST_CHUNK = 65536
+"""Elements of a chunk, so that finding it costs nothing."""
+
 FEWEST_CHUNKS = 8192
 """Eight waves of eight programs on each of 132 multiprocessors: the last wave, half empty, is then a small part."""
 
@@ -61,39 +64,39 @@ class TensorTables:
         self._layouts: dict[tuple, Layout] = {}
         self._tables: dict[tuple, tuple[tuple[int, ...], TensorTable]] = {}
 
-    def table(self, columns: Sequence[Sequence[Tensor]]) -> TensorTable:
+    def table(self, columns: Sequence[Sequence[Tensor]], largest_chunk: int = LARGEST_CHUNK) -> TensorTable:
         """The table of `columns`, each a list with one tensor for each row.
 
         Raises:
             ValueError: a tensor is not contiguous, or on another device than the first.
         """
         device = columns[0][0].device
-        shape = (device, len(columns), *[tensor.numel() for tensor in columns[0]])
+        shape = (device, len(columns), largest_chunk, *[tensor.numel() for tensor in columns[0]])
         pointers = tuple([tensor.data_ptr() for row in zip(*columns, strict=True) for tensor in row])
         known, table = self._tables.get(shape, (None, None))
         if known != pointers:
             _check(columns, device)
             if shape not in self._layouts:
-                self._layouts[shape] = layout_of(shape[2:], device)
+                self._layouts[shape] = layout_of(shape[3:], device, largest_chunk)
             addresses = _on_device(torch.tensor(pointers, dtype=torch.int64), device).view(-1, len(columns))
             table = TensorTable(self._layouts[shape], addresses)
             self._tables[shape] = (pointers, table)
         return table
 
 
-def layout_of(numels: Sequence[int], device: torch.device) -> Layout:
+def layout_of(numels: Sequence[int], device: torch.device, largest_chunk: int = LARGEST_CHUNK) -> Layout:
     """Cut tensors of `numels` elements."""
     lengths = torch.tensor(numels, dtype=torch.int64)
-    chunk = chunk_elements(sum(numels))
+    chunk = chunk_elements(sum(numels), largest_chunk)
     counts = (lengths + chunk - 1) // chunk
     owners = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts)
     first_chunks = counts.cumsum(0) - counts
     return Layout(*(_on_device(column, device) for column in (lengths, first_chunks, owners)), chunk)
 
 
-def chunk_elements(total: int) -> int:
-    """Elements of a chunk: up to 64 Ki, so that finding it costs nothing, but few enough to keep the device busy."""
-    chunk = 65536
+def chunk_elements(total: int, largest: int = LARGEST_CHUNK) -> int:
+    """Elements of a chunk: the most that still make enough chunks to keep the device busy."""
+    chunk = largest
     while chunk > 4096 and total < chunk * FEWEST_CHUNKS:
         chunk //= 2
     return chunk

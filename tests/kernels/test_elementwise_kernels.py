@@ -312,6 +312,7 @@ def test_registrations():
 def test_column_grid():
     # A widened MLP of 1.4B: 8 blocks of 1024 columns, four warps each; 16 warps for each of 132 multiprocessors.
     assert column_grid(16384, 8192, 4, 132) == ColumnGrid(width=1024, warps=4, blocks=8, slabs=66)
+    assert column_grid(16384, 8192, 2, 132, 32) == ColumnGrid(width=1024, warps=4, blocks=8, slabs=132)
     assert column_grid(16384, 8192, 4) == ColumnGrid(width=1024, warps=4, blocks=8, slabs=4096)
     assert column_grid(16384, 768, 4, 132) == ColumnGrid(width=256, warps=1, blocks=3, slabs=704)
     assert column_grid(10, 1536, 4, 132) == ColumnGrid(width=512, warps=2, blocks=3, slabs=3)

@@ -14,6 +14,11 @@ def test_chunks_are_large_unless_the_device_would_idle(total):
     assert chunk == 65536 or total / (2 * chunk) < FEWEST_CHUNKS
 
 
+def test_the_largest_chunk_can_be_said():
+    assert chunk_elements(10**9, 1024) == 1024
+    assert layout_of([3000, 1], torch.device("cpu"), 1024).owners.tolist() == [0, 0, 0, 1]
+
+
 def test_each_element_is_in_one_chunk():
     layout = layout_of([5000, 0, 1, 4096, 8193], torch.device("cpu"))
     assert layout.owners.tolist() == [0, 0, 2, 3, 4, 4, 4]
