@@ -181,8 +181,8 @@ def _assemble_kernel(
 
 @functools.cache
 def _tile(width: int, rows: int) -> tuple[int, int, int]:
-    """Tokens, rows of a token and columns in one program: about 2048 elements of each tensor it reads, a 16-byte load in
-    bf16 for each thread of eight warps or two of four; whole rows, all rows of a token if they fit, then more tokens."""
+    """Tokens, rows of a token and columns in one program: about 2048 elements of each tensor it reads, in bf16 one
+    16-byte load for a thread of eight warps, two of four; whole rows, all of a token if they fit, then more tokens."""
     columns = 1 << (width - 1).bit_length()
     in_token = min(1 << (rows - 1).bit_length(), max(2048 // columns, 1))
     return max(2048 // (columns * in_token), 1), in_token, columns
