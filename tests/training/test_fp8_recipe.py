@@ -80,3 +80,17 @@ def test_the_environment_does_not_change_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     arguments = NeoXTrainingArguments(output_dir=str(tmp_path), use_cpu=True, precision="fp8")
     assert (arguments.mixed_precision, arguments.bf16, arguments.keeps_master) == ("no", False, True)
+
+
+@pytest.mark.parametrize("told", ["bf16", "fp8"])
+def test_a_launcher_may_say_either(load, monkeypatch, told):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert load().training_arguments().mixed_precision == "no"
+
+
+def test_a_launcher_may_not_say_another(load, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RecipeError, match=r"ACCELERATE_MIXED_PRECISION = fp16, but train\.precision = fp8"):
+        load().training_arguments()
