@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from peak_memory import peak_memory
 from transformers import TrainerCallback
 
 from neox_hf.modeling.settings import model_config
@@ -39,6 +39,7 @@ PEER_FIELDS = (
     "intermediate_size",
     "max_position_embeddings",
 )
+MEMORY = {"peak GiB": "peak_gib", "GiB held": "reserved_gib"}
 TIMEOUT_SECONDS = 300
 
 
@@ -104,15 +105,11 @@ def work(options: argparse.Namespace) -> None:
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.train()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    peaks = [peak]
-    if topology.world_size > 1:
-        peaks = [None] * topology.world_size
-        dist.all_gather_object(peaks, peak)
+    peak = peak_memory()
     if topology.rank == 0:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         figures = {name: [entry[name] for entry in logs] for name in ("loss", "grad_norm")}
-        options.worker.write_text(json.dumps({**figures, "seconds": clock.seconds, "peak_gib": max(peaks)}))
+        options.worker.write_text(json.dumps({**figures, "seconds": clock.seconds, **peak}))
     trainer.loader.close()
 
 
@@ -173,7 +170,7 @@ def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Name
     print(
         f"\n{device}, torch {torch.__version__}; {tokens:,} tokens a step, medians of {options.steps - options.warmup}"
     )
-    columns = ["layout", "tokens/s", *(f"/ {name}" for name in peers), "peak GiB", "loss differs by", "norm differs by"]
+    columns = ["layout", "tokens/s", *(f"/ {name}" for name in peers), *MEMORY, "loss differs by", "norm differs by"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     first = next((figures for figures in ours.values() if figures), {})
     for name, figures in {**ours, **peers}.items():
@@ -182,7 +179,8 @@ def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Name
             continue
         ratios = [f"{rates[name] / rates[peer]:.3f}" if peer in rates else "-" for peer in peers]
         drift = [f"{difference(figures, first, key):.1e}" if key in figures else "-" for key in ("loss", "grad_norm")]
-        print("| " + " | ".join([name, f"{rates[name]:,.0f}", *ratios, f"{figures['peak_gib']:.1f}", *drift]) + " |")
+        memory = [f"{figures[key]:.1f}" for key in MEMORY.values()]
+        print("| " + " | ".join([name, f"{rates[name]:,.0f}", *ratios, *memory, *drift]) + " |")
     for name, figures in ours.items():
         if figures:
             print(f"{name}: loss {[round(loss, 4) for loss in figures['loss']]}")

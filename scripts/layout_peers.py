@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peak_memory import peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig
@@ -149,11 +150,9 @@ def main() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    peaks = [None] * dist.get_world_size()
-    dist.all_gather_object(peaks, peak)
+    peak = peak_memory()
     if dist.get_rank() == 0:
-        Path(result).write_text(json.dumps({"seconds": seconds, "peak_gib": max(peaks)}))
+        Path(result).write_text(json.dumps({"seconds": seconds, **peak}))
     dist.destroy_process_group()
 
 
