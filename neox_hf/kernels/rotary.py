@@ -105,33 +105,11 @@ def _in_place_kernel(
 
 @triton.jit
 def _assemble_kernel(
-    query,
-    key,
-    value,
-    out,
-    cos,
-    sin,
-    tokens,
-    sequence,
-    angles_of_batch,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    partial,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    BACK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
+    query, key, value, out, cos, sin, tokens, sequence, angles_of_batch,
+    query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token, partial,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
     """out[B, S, N, 3, D] of blocks of tokens and heads, from tensors [B, N, S, D] of any strides but the last, 1.
 
     Every program takes each num_programs-th block of tokens and, where there is `partial` [programs, N, 3, D], writes

@@ -162,30 +162,10 @@ def _store_sums(
 
 @triton.jit
 def backward_rows(
-    x_ptr,
-    residual_ptr,
-    dy1_ptr,
-    dy2_ptr,
-    weight1_ptr,
-    bias1_ptr,
-    weight2_ptr,
-    bias2_ptr,
-    dx_ptr,
-    y1_ptr,
-    y2_ptr,
-    sums_ptr,
-    moments_ptr,
-    rows,
-    eps,
-    BIASED1: tl.constexpr,
-    BIASED2: tl.constexpr,
-    KIND: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MEASURED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x_ptr, residual_ptr, dy1_ptr, dy2_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, dx_ptr, y1_ptr, y2_ptr,
+    sums_ptr, moments_ptr, rows, eps, BIASED1: tl.constexpr, BIASED2: tl.constexpr, KIND: tl.constexpr,
+    WIDTH: tl.constexpr, MEASURED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dx, y1 and y2 again, and this program's share of the parameters' gradients, each where there is a pointer for it.
 
     Every program takes each num_programs-th tile. moments [2, rows]: mean and inverse for `parameter_columns`.
