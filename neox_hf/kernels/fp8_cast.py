@@ -13,21 +13,22 @@ from torch import Tensor
 from neox_hf.kernels.column_sums import finish_column_sums
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.fp8_format import (
-    COLUMNS,
-    ROWS,
-    WARPS,
+    TILE,
     Fp8Tensor,
+    Tile,
     empty_fp8,
+    format_constants,
     kernel_view,
-    largest,
-    load_tile,
-    mantissa,
+    load_parts,
     note_amax,
     padded,
-    store_fp8,
+    store_part,
     store_reference,
+    store_words,
     tile_of,
-    tiles,
+    to_code,
+    without_infinity,
+    word_view,
 )
 from neox_hf.kernels.fp8_scales import ScaleSlot
 from neox_hf.kernels.language import tl, triton
@@ -45,6 +46,48 @@ def fp8_cast_reference(
 
 
 @triton.jit
+def cast_tile(
+    x,
+    scale,
+    amax,
+    as_rows,
+    as_columns,
+    partial,
+    row,
+    column,
+    rows,
+    columns,
+    padded,
+    MANTISSA: tl.constexpr,
+    BY_HAND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Everything for the tile at (row, column)."""
+    parts = load_parts(x, row, column, rows, columns, WHOLE, ROWS, COLUMNS)
+    factor = tl.load(scale)
+    top = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
+    words = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    for part in tl.static_range(4):
+        values = parts[part].to(tl.float32)
+        sums += values
+        values = without_infinity(values)
+        top = tl.maximum(top, tl.abs(values))
+        code = to_code(values, factor, MANTISSA, BY_HAND)
+        words |= code.to(tl.int32) << (8 * part)
+        if as_rows is not None:
+            store_part(code, as_rows, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
+    if as_columns is not None:
+        store_words(words, as_columns, row, column, columns, padded, WHOLE, ROWS, COLUMNS)
+    if partial is not None:
+        place = column + tl.arange(0, COLUMNS)
+        tl.store(partial + row // ROWS * columns + place, tl.sum(sums, axis=0), mask=place < columns)
+    note_amax(top, amax)
+
+
+@triton.jit
 def _cast_kernel(
     x,
     scale,
@@ -55,43 +98,65 @@ def _cast_kernel(
     rows,
     columns,
     padded,
-    LARGEST: tl.constexpr,
     MANTISSA: tl.constexpr,
+    BY_HAND: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, column = tile_of(rows, columns, ROWS, COLUMNS)
-    values = load_tile(x, row, column, rows, columns, ROWS, COLUMNS)
-    note_amax(values, amax)
-    if partial is not None:
-        place = column + tl.arange(0, COLUMNS)
-        tl.store(partial + row // ROWS * columns + place, tl.sum(values, axis=0), mask=place < columns)
-    store_fp8(values, scale, as_rows, as_columns, row, column, rows, columns, padded, LARGEST, MANTISSA, ROWS, COLUMNS)
+    row, column = tile_of(columns, ROWS, COLUMNS)
+    cast_tile(
+        x,
+        scale,
+        amax,
+        as_rows,
+        as_columns,
+        partial,
+        row,
+        column,
+        rows,
+        columns,
+        padded,
+        MANTISSA,
+        BY_HAND,
+        WHOLE,
+        ROWS,
+        COLUMNS,
+    )
+
+
+def launch_cast(
+    x: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    partial: Tensor | None,
+    tile: Tile,
+) -> None:
+    """The kernel, in tiles of `tile`; `partial` is [tiles down, C]."""
+    out = rows if rows is not None else columns
+    if x.numel() == 0 or out is None:
+        return
+    _cast_kernel[tile.grid(*x.shape)](
+        x.contiguous(),
+        scale,
+        amax,
+        kernel_view(rows),
+        word_view(columns),
+        partial,
+        *x.shape,
+        padded(x.shape[0]),
+        **format_constants(out.dtype),
+        **tile.constants(*x.shape),
+    )
 
 
 @register("fp8_cast", mutates=("amax", "rows", "columns", "partial"))
 def fp8_cast_triton(
     x: Tensor, scale: Tensor, amax: Tensor, rows: Tensor | None, columns: Tensor | None, partial: Tensor | None
 ) -> None:
-    """The kernel; `partial` is [tiles of ROWS rows, C]."""
-    out = rows if rows is not None else columns
-    if x.numel() == 0 or out is None:
-        return
-    _cast_kernel[tiles(*x.shape)](
-        x.contiguous(),
-        scale,
-        amax,
-        kernel_view(rows),
-        kernel_view(columns),
-        partial,
-        *x.shape,
-        padded(x.shape[0]),
-        LARGEST=largest(out.dtype),
-        MANTISSA=mantissa(out.dtype),
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        num_warps=WARPS,
-    )
+    launch_cast(x, scale, amax, rows, columns, partial, TILE)
 
 
 @register_fake(fp8_cast_triton)
@@ -104,9 +169,9 @@ def _(
 FP8_CAST = Op("fp8_cast", torch=fp8_cast_reference, triton=fp8_cast_triton)
 
 
-def partial_sums(x: Tensor) -> Tensor:
+def partial_sums(x: Tensor, tile: Tile = TILE) -> Tensor:
     """Room for the sums of each tile of x [T, C]: zeros only where there is no tile."""
-    blocks = -(-x.shape[0] // ROWS)
+    blocks = -(-x.shape[0] // tile.rows)
     shape, device = (max(blocks, 1), x.shape[1]), x.device
     make = torch.empty if blocks else torch.zeros
     return make(shape, dtype=torch.float32, device=device)

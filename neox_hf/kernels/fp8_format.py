@@ -25,10 +25,31 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """Elements, 16 bytes, that every dimension of a product's factors must be a multiple of."""
 
-ROWS, COLUMNS, WARPS = 64, 64, 4
-"""A program's tile: both ways of writing it take whole sectors of memory, 64 bytes in a row, 16 a thread. Of programs
-with four warps an H200's multiprocessor holds 5 that cast and 3 that undo GELU (148 registers a thread): 40 to 48 KB on
-their way, where 23 hide the latency of its memory."""
+BYTES = 4
+"""In a word: rows of a tile are taken four at a time, one byte of each makes a word, and words are transposed."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes: rows, a multiple of 16, by columns. warps: of a program."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def grid(self, rows: int, columns: int) -> tuple[int]:
+        """Programs for [rows, columns]; padding included, since a tile has a multiple of 16 rows."""
+        return (-(-rows // self.rows) * -(-columns // self.columns),)
+
+    def constants(self, rows: int, columns: int) -> dict[str, int | bool]:
+        """What a kernel over [rows, columns] is compiled for. WHOLE: no tile reaches outside."""
+        whole = rows % self.rows == 0 and columns % self.columns == 0
+        return {"WHOLE": whole, "ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps}
+
+
+TILE = Tile(128, 64, 8)
+"""Of kernels that write both ways: a thread loads 16 bytes of half precision for each of four rows before it does
+anything, and all it writes lies in pieces of 64 and 128 bytes."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +88,23 @@ def empty_fp8(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
     return torch.empty(rows, columns, dtype=dtype, device=device)
 
 
-def tiles(rows: int, columns: int) -> tuple[int]:
-    """The grid of a kernel that `store_fp8`s [rows, columns]; padding included, since ROWS is a multiple of 16."""
-    return (-(-rows // ROWS) * -(-columns // COLUMNS),)
-
-
 def kernel_view(x: Tensor | None) -> Tensor | None:
     """x as a kernel takes it. Triton's interpreter truncates, and loses NaN: there bytes are written, made by hand."""
     return x.view(torch.uint8) if x is not None and interprets() else x
 
 
+def word_view(columns: Tensor | None) -> Tensor | None:
+    """Columns of an `Fp8Tensor` as a kernel takes them: words of four numbers."""
+    return None if columns is None else columns.view(torch.int32)
+
+
+def format_constants(dtype: torch.dtype) -> dict[str, int | bool]:
+    """What a kernel that writes `dtype` is compiled for."""
+    return {"MANTISSA": mantissa(dtype), "BY_HAND": interprets()}
+
+
 def quantised_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, as `store_fp8` rounds it."""
+    """x in `dtype`, as kernels round it."""
     scaled = (x.float() * scale).clamp(-largest(dtype), largest(dtype))
     return torch.where(x.isfinite(), scaled, torch.nan).to(dtype)
 
@@ -86,7 +112,7 @@ def quantised_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def store_reference(
     x: Tensor, scale: Tensor, rows: Tensor | None, columns: Tensor | None, amax: Tensor | None = None
 ) -> None:
-    """What `store_fp8` does, for all of x [T, C]. rows, columns: as in an `Fp8Tensor`. amax [1] grows."""
+    """What a kernel writes of x [T, C]. rows, columns: as in an `Fp8Tensor`. amax [1] grows."""
     if amax is not None and x.numel():
         finite = torch.where(x.isfinite(), x, 0).abs().amax().float()
         amax.copy_(torch.maximum(amax, finite))
@@ -98,11 +124,12 @@ def store_reference(
 
 
 @triton.jit
-def _bytes_of(x, LARGEST: tl.constexpr, MANTISSA: tl.constexpr):
-    """The bytes of x in fp32, within +-LARGEST or NaN, rounded to nearest, ties to even: what hardware does in one."""
+def _bytes_of(x, MANTISSA: tl.constexpr):
+    """The bytes of x in fp32, rounded to nearest, ties to even, and clamped: what hardware does in one."""
+    LARGEST: tl.constexpr = 448.0 if MANTISSA == 3 else 57344.0
     BIAS: tl.constexpr = 7 if MANTISSA == 3 else 15
     SHIFT: tl.constexpr = 23 - MANTISSA
-    magnitude = tl.abs(x)
+    magnitude = tl.where(x == x, tl.minimum(tl.abs(x), LARGEST), float("nan"))
     bits = magnitude.to(tl.int32, bitcast=True)
     normal = (bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT
     normal -= (127 - BIAS) << MANTISSA
@@ -115,62 +142,123 @@ def _bytes_of(x, LARGEST: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def _quantised(x, scale, element: tl.constexpr, LARGEST: tl.constexpr, MANTISSA: tl.constexpr):
+def to_code(x, scale, MANTISSA: tl.constexpr, BY_HAND: tl.constexpr):
+    """The bytes of x * scale. x: finite or NaN, as `without_infinity` makes it; hardware clamps, and keeps NaN."""
     scaled = x * scale
-    scaled = tl.where(scaled > LARGEST, LARGEST, tl.where(scaled < -LARGEST, -LARGEST, scaled))
-    scaled = tl.where(tl.abs(x) < float("inf"), scaled, float("nan"))
-    return _bytes_of(scaled, LARGEST, MANTISSA) if element == tl.uint8 else scaled.to(element)
+    if BY_HAND:
+        return _bytes_of(scaled, MANTISSA)
+    return scaled.to(tl.float8e4nv if MANTISSA == 3 else tl.float8e5).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
-def tile_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def without_infinity(x):
+    """x, with NaN in place of what is not finite, in one instruction."""
+    return x + x * 0.0
+
+
+@triton.jit
+def tile_of(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """First row and column of this program's tile. Neighbours lie in one row: they fill each other's cache lines."""
     blocks = tl.cdiv(columns, COLUMNS)
     return tl.program_id(0) // blocks * ROWS, tl.program_id(0) % blocks * COLUMNS
 
 
 @triton.jit
-def load_tile(x, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of the contiguous x [rows, columns] in fp32, zero outside."""
-    line, place = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    inside = (line < rows - row) & (place < columns - column)
-    start = row.to(tl.int64) * columns + column
-    return tl.load(x + start + line * columns + place, mask=inside, other=0.0).to(tl.float32)
+def part_of(row, column, columns, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where every fourth row of a tile, from row PART on, lies in a contiguous [rows, columns]: [ROWS / 4, COLUMNS]."""
+    line, place = 4 * tl.arange(0, ROWS // 4) + PART, tl.arange(0, COLUMNS)
+    return row.to(tl.int64) * columns + column + line[:, None] * columns + place[None, :]
 
 
 @triton.jit
-def store_fp8(
-    values,
-    scale,
-    as_rows,
-    as_columns,
+def is_inside(row, column, rows, columns, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of them there are."""
+    line, place = 4 * tl.arange(0, ROWS // 4) + PART, tl.arange(0, COLUMNS)
+    return (line[:, None] < rows - row) & (place[None, :] < columns - column)
+
+
+@triton.jit
+def load_part(
+    x,
     row,
     column,
     rows,
     columns,
-    padded,
-    LARGEST: tl.constexpr,
-    MANTISSA: tl.constexpr,
+    PART: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes fp32 values [ROWS, COLUMNS], zero outside, into as_rows and as_columns, each where there is one."""
-    factor = tl.load(scale)
-    line, place = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    if as_rows is not None:
-        inside = (line[:, None] < rows - row) & (place[None, :] < columns - column)
-        at = row.to(tl.int64) * columns + column + line[:, None] * columns + place[None, :]
-        tl.store(as_rows + at, _quantised(values, factor, as_rows.dtype.element_ty, LARGEST, MANTISSA), mask=inside)
-    if as_columns is not None:
-        inside = (place[:, None] < columns - column) & (line[None, :] < padded - row)
-        at = column.to(tl.int64) * padded + row + place[:, None].to(tl.int64) * padded + line[None, :]
-        code = _quantised(values, factor, as_columns.dtype.element_ty, LARGEST, MANTISSA)
-        tl.store(as_columns + at, tl.trans(code), mask=inside)
+    """A part of a tile of x as it is, zero outside."""
+    at = x + part_of(row, column, columns, PART, ROWS, COLUMNS)
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=is_inside(row, column, rows, columns, PART, ROWS, COLUMNS), other=0.0)
 
 
 @triton.jit
-def note_amax(values, amax):
-    """Raise amax [1] to the largest finite magnitude among `values`: few programs find it lower than theirs."""
-    magnitude = tl.abs(values)
-    top = tl.max(tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), axis=1), axis=0)
-    tl.atomic_max(amax, top, mask=top > tl.load(amax), sem="relaxed")
+def load_parts(x, row, column, rows, columns, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile as its four parts: all are on their way before the first is needed."""
+    return (
+        load_part(x, row, column, rows, columns, 0, WHOLE, ROWS, COLUMNS),
+        load_part(x, row, column, rows, columns, 1, WHOLE, ROWS, COLUMNS),
+        load_part(x, row, column, rows, columns, 2, WHOLE, ROWS, COLUMNS),
+        load_part(x, row, column, rows, columns, 3, WHOLE, ROWS, COLUMNS),
+    )
+
+
+@triton.jit
+def store_part(
+    code,
+    as_rows,
+    row,
+    column,
+    rows,
+    columns,
+    PART: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes the bytes of a part, as they are."""
+    at = as_rows + part_of(row, column, columns, PART, ROWS, COLUMNS)
+    code = code.to(as_rows.dtype.element_ty, bitcast=True)
+    if WHOLE:
+        tl.store(at, code)
+    else:
+        tl.store(at, code, mask=is_inside(row, column, rows, columns, PART, ROWS, COLUMNS))
+
+
+@triton.jit
+def store_words(
+    words,
+    as_columns,
+    row,
+    column,
+    columns,
+    padded,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes a tile's words [ROWS / 4, COLUMNS], each a byte of four rows, transposed.
+
+    Bytes themselves are never transposed: ptxas 12.9 gets that wrong where they are also written as they are
+    (triton-lang/triton#11111).
+    """
+    length = tl.multiple_of(padded // 4, 4)
+    line, place = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
+    at = as_columns + (column.to(tl.int64) * length + row // 4)
+    at += place[:, None].to(tl.int64) * length + line[None, :]
+    if WHOLE:
+        tl.store(at, tl.trans(words))
+    else:
+        inside = (place[:, None] < columns - column) & (line[None, :] < length - row // 4)
+        tl.store(at, tl.trans(words), mask=inside)
+
+
+@triton.jit
+def note_amax(top, amax):
+    """Raise amax [1] to the largest of `top`, magnitudes: few programs find it lower than theirs."""
+    most = tl.max(tl.max(top, axis=1), axis=0)
+    tl.atomic_max(amax, most, mask=most > tl.load(amax), sem="relaxed")

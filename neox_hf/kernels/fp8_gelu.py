@@ -22,25 +22,31 @@ from neox_hf.kernels.bias_gelu import (
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.fp8_cast import finished, fp8_cast, partial_sums
 from neox_hf.kernels.fp8_format import (
-    COLUMNS,
-    ROWS,
-    WARPS,
+    TILE,
     Fp8Tensor,
+    Tile,
     empty_fp8,
+    format_constants,
+    is_inside,
     kernel_view,
-    largest,
-    load_tile,
+    load_parts,
     mantissa,
     note_amax,
     padded,
-    store_fp8,
+    store_part,
     store_reference,
+    store_words,
     tile_of,
-    tiles,
+    to_code,
+    without_infinity,
+    word_view,
 )
 from neox_hf.kernels.fp8_scales import ScaleSlot
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.registration import register, register_fake
+
+FORWARD_TILE = Tile(16, 512, 8)
+"""Wide, since nothing is transposed."""
 
 
 def gelu_forward_reference(
@@ -75,13 +81,31 @@ def gelu_backward_reference(
 
 
 @triton.jit
-def _load_shifted(x, bias, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    z = load_tile(x, row, column, rows, columns, ROWS, COLUMNS)
-    if bias is not None:
-        place = column + tl.arange(0, COLUMNS)
-        z += tl.load(bias + place, mask=place < columns, other=0.0).to(tl.float32)[None, :]
+def _load_bias(bias, column, columns, COLUMNS: tl.constexpr):
+    place = column + tl.arange(0, COLUMNS)
+    if bias is None:
+        return tl.zeros([1, COLUMNS], tl.float32)
+    return tl.load(bias + place, mask=place < columns, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _shifted(
+    x,
+    shift,
+    row,
+    column,
+    rows,
+    columns,
+    PART: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    z = x.to(tl.float32) + shift
+    if WHOLE:
+        return z
     # Rows beyond the last have a bias too, but are to be zero.
-    return tl.where((tl.arange(0, ROWS) < rows - row)[:, None], z, 0.0)
+    return tl.where(is_inside(row, column, rows, columns, PART, ROWS, COLUMNS), z, 0.0)
 
 
 @triton.jit
@@ -94,16 +118,24 @@ def _forward_kernel(
     rows,
     columns,
     ERF: tl.constexpr,
-    LARGEST: tl.constexpr,
     MANTISSA: tl.constexpr,
+    BY_HAND: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, column = tile_of(rows, columns, ROWS, COLUMNS)
-    z = _load_shifted(x, bias, row, column, rows, columns, ROWS, COLUMNS)
-    y = _gelu_and_slope(z, ERF, x.dtype.element_ty == tl.float32)[0]
-    note_amax(y, amax)
-    store_fp8(y, scale, as_rows, None, row, column, rows, columns, rows, LARGEST, MANTISSA, ROWS, COLUMNS)
+    row, column = tile_of(columns, ROWS, COLUMNS)
+    parts = load_parts(x, row, column, rows, columns, WHOLE, ROWS, COLUMNS)
+    shift = _load_bias(bias, column, columns, COLUMNS)
+    factor = tl.load(scale)
+    top = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
+    for part in tl.static_range(4):
+        z = _shifted(parts[part], shift, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
+        y = without_infinity(_gelu_and_slope(z, ERF, x.dtype.element_ty == tl.float32)[0])
+        top = tl.maximum(top, tl.abs(y))
+        code = to_code(y, factor, MANTISSA, BY_HAND)
+        store_part(code, as_rows, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
+    note_amax(top, amax)
 
 
 @triton.jit
@@ -122,31 +154,47 @@ def _backward_kernel(
     columns,
     padded,
     ERF: tl.constexpr,
-    LARGEST: tl.constexpr,
     MANTISSA: tl.constexpr,
-    Y_LARGEST: tl.constexpr,
     Y_MANTISSA: tl.constexpr,
+    BY_HAND: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, column = tile_of(rows, columns, ROWS, COLUMNS)
-    z = _load_shifted(x, bias, row, column, rows, columns, ROWS, COLUMNS)
-    upstream = load_tile(dy, row, column, rows, columns, ROWS, COLUMNS)
-    y, slope = _gelu_and_slope(z, ERF, x.dtype.element_ty == tl.float32)
-    store_fp8(y, y_scale, None, y_columns, row, column, rows, columns, padded, Y_LARGEST, Y_MANTISSA, ROWS, COLUMNS)
-    dx = upstream * slope
-    note_amax(dx, amax)
+    row, column = tile_of(columns, ROWS, COLUMNS)
+    parts = load_parts(x, row, column, rows, columns, WHOLE, ROWS, COLUMNS)
+    upstream = load_parts(dy, row, column, rows, columns, WHOLE, ROWS, COLUMNS)
+    shift = _load_bias(bias, column, columns, COLUMNS)
+    factor, y_factor = tl.load(scale), tl.load(y_scale)
+    top = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
+    words = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    y_words = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    for part in tl.static_range(4):
+        z = _shifted(parts[part], shift, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
+        y, slope = _gelu_and_slope(z, ERF, x.dtype.element_ty == tl.float32)
+        y_words |= to_code(without_infinity(y), y_factor, Y_MANTISSA, BY_HAND).to(tl.int32) << (8 * part)
+        dx = upstream[part].to(tl.float32) * slope
+        sums += dx
+        dx = without_infinity(dx)
+        top = tl.maximum(top, tl.abs(dx))
+        code = to_code(dx, factor, MANTISSA, BY_HAND)
+        words |= code.to(tl.int32) << (8 * part)
+        store_part(code, as_rows, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
+    store_words(words, as_columns, row, column, columns, padded, WHOLE, ROWS, COLUMNS)
+    store_words(y_words, y_columns, row, column, columns, padded, WHOLE, ROWS, COLUMNS)
     if partial is not None:
         place = column + tl.arange(0, COLUMNS)
-        tl.store(partial + row // ROWS * columns + place, tl.sum(dx, axis=0), mask=place < columns)
-    store_fp8(dx, scale, as_rows, as_columns, row, column, rows, columns, padded, LARGEST, MANTISSA, ROWS, COLUMNS)
+        tl.store(partial + row // ROWS * columns + place, tl.sum(sums, axis=0), mask=place < columns)
+    note_amax(top, amax)
 
 
-@register("fp8_gelu_forward", mutates=("amax", "rows"))
-def gelu_forward_triton(x: Tensor, bias: Tensor | None, form: str, scale: Tensor, amax: Tensor, rows: Tensor) -> None:
+def launch_gelu_forward(
+    x: Tensor, bias: Tensor | None, form: str, scale: Tensor, amax: Tensor, rows: Tensor, tile: Tile
+) -> None:
     if x.numel() == 0:
         return
-    _forward_kernel[tiles(*x.shape)](
+    _forward_kernel[tile.grid(*x.shape)](
         x.contiguous(),
         bias if bias is None else bias.contiguous(),
         scale,
@@ -154,17 +202,55 @@ def gelu_forward_triton(x: Tensor, bias: Tensor | None, form: str, scale: Tensor
         kernel_view(rows),
         *x.shape,
         ERF=form == "erf",
-        LARGEST=largest(rows.dtype),
-        MANTISSA=mantissa(rows.dtype),
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        num_warps=WARPS,
+        **format_constants(rows.dtype),
+        **tile.constants(*x.shape),
     )
+
+
+@register("fp8_gelu_forward", mutates=("amax", "rows"))
+def gelu_forward_triton(x: Tensor, bias: Tensor | None, form: str, scale: Tensor, amax: Tensor, rows: Tensor) -> None:
+    launch_gelu_forward(x, bias, form, scale, amax, rows, FORWARD_TILE)
 
 
 @register_fake(gelu_forward_triton)
 def _(x: Tensor, bias: Tensor | None, form: str, scale: Tensor, amax: Tensor, rows: Tensor) -> None:
     return None
+
+
+def launch_gelu_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    form: str,
+    scale: Tensor,
+    amax: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    y_scale: Tensor,
+    y_columns: Tensor,
+    partial: Tensor | None,
+    tile: Tile,
+) -> None:
+    if x.numel() == 0:
+        return
+    _backward_kernel[tile.grid(*x.shape)](
+        dy.contiguous(),
+        x.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        scale,
+        amax,
+        kernel_view(rows),
+        word_view(columns),
+        y_scale,
+        word_view(y_columns),
+        partial,
+        *x.shape,
+        padded(x.shape[0]),
+        ERF=form == "erf",
+        Y_MANTISSA=mantissa(y_columns.dtype),
+        **format_constants(rows.dtype),
+        **tile.constants(*x.shape),
+    )
 
 
 @register("fp8_gelu_backward", mutates=("amax", "rows", "columns", "y_columns", "partial"))
@@ -181,30 +267,7 @@ def gelu_backward_triton(
     y_columns: Tensor,
     partial: Tensor | None,
 ) -> None:
-    if x.numel() == 0:
-        return
-    _backward_kernel[tiles(*x.shape)](
-        dy.contiguous(),
-        x.contiguous(),
-        bias if bias is None else bias.contiguous(),
-        scale,
-        amax,
-        kernel_view(rows),
-        kernel_view(columns),
-        y_scale,
-        kernel_view(y_columns),
-        partial,
-        *x.shape,
-        padded(x.shape[0]),
-        ERF=form == "erf",
-        LARGEST=largest(rows.dtype),
-        MANTISSA=mantissa(rows.dtype),
-        Y_LARGEST=largest(y_columns.dtype),
-        Y_MANTISSA=mantissa(y_columns.dtype),
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        num_warps=WARPS,
-    )
+    launch_gelu_backward(dy, x, bias, form, scale, amax, rows, columns, y_scale, y_columns, partial, TILE)
 
 
 @register_fake(gelu_backward_triton)

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from neox_hf.kernels.fp8_format import largest
 
+ALIGNED = 4
+"""Elements of fp32 from one inverse to the next: cuBLASLt refuses those that do not lie at a multiple of 16 bytes."""
+
 LARGEST_EXPONENT = 100
 """Scales stay within 2^-100 and 2^100, whose inverses are floats too."""
 
@@ -76,7 +79,8 @@ class Fp8Scales:
         count = len(dtypes)
         self.limits = torch.tensor([largest(dtype) for dtype in dtypes.values()], dtype=torch.float32, device=device)
         self.history = torch.zeros(history, count, device=device)
-        self.scale, self.inverse = torch.ones(count, device=device), torch.ones(count, device=device)
+        self.scale = torch.ones(count, device=device)
+        self.inverse = torch.ones(count, ALIGNED, device=device)[:, 0]
         self.amax = torch.zeros(count, device=device)
         self.slots = {name: self._slot(index, dtype) for index, (name, dtype) in enumerate(dtypes.items())}
 
