@@ -33,10 +33,13 @@ class LayerGraphs:
     """Runs `layers` on hidden states of any shape that comes up often enough, in training alone.
 
     Whoever makes it vouches that the layers draw no random numbers, and that their weights stay where they are.
+
+    ready: whether a graph may hold the coming pass, asked before each; None is always.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], ready: Callable[[], bool] | None = None) -> None:
         self.layers = layers
+        self._ready = ready
         self._seen: Counter[Shape] = Counter()
         self._idle: dict[Shape, list[_CapturedPass]] = {}
         self._parameters: list[nn.Parameter] = []
@@ -54,7 +57,7 @@ class LayerGraphs:
             return False
         shape = (hidden.shape, hidden.dtype)
         self._seen[shape] += 1
-        return self._seen[shape] > PATIENCE
+        return self._seen[shape] > PATIENCE and (self._ready is None or self._ready())
 
     def __call__(self, run: Run, hidden: Tensor) -> Tensor:
         """`run(hidden)` for one and the same function `run` of hidden states, with the gradients it has."""

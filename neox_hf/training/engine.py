@@ -110,7 +110,9 @@ class NativeEngine(OptimizerBoxes):
             for parameter in self.trainer.model.parameters():
                 sum_in(parameter, SumInGrad())
         replicas = None if alone else "replicas exchange gradients while the layers run"
-        graph_layers(self.trainer.model, args, self.topology, reason=replicas)
+        fp8 = self.trainer.fp8
+        ready = None if fp8 is None else lambda: fp8.scales.capturable
+        graph_layers(self.trainer.model, args, self.topology, ready=ready, reason=replicas)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)

@@ -1,7 +1,7 @@
 """Whether a run's layers are captured as CUDA graphs (`train.cuda_graphs`), and having them so."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from neox_hf.training.precision import precision_here
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("bf16", "pure_bf16")
+PRECISIONS = ("bf16", "pure_bf16", "fp8")
 """Those in which every gradient has a place where it is summed. In the others autograd sums."""
 
 
@@ -28,11 +28,12 @@ def graph_layers(
     topology: Topology,
     *,
     layers: Sequence[nn.Module] | None = None,
+    ready: Callable[[], bool] | None = None,
     reason: str | None = None,
 ) -> None:
     """Have the base model run `layers` (None: all of its own) as graphs, if the run is to and can.
 
-    reason: what the engine knows to be against it.
+    ready: see `LayerGraphs`. reason: what the engine knows to be against it.
 
     Raises:
         ValueError: `cuda_graphs` is on, and this run cannot.
@@ -43,7 +44,7 @@ def graph_layers(
     wanted = args.cuda_graphs is True or (args.cuda_graphs == "auto" and waits_for_host(topology))
     if reason or not wanted:
         return
-    model.gpt_neox.graphs = LayerGraphs(model.gpt_neox.layers if layers is None else layers)
+    model.gpt_neox.graphs = LayerGraphs(model.gpt_neox.layers if layers is None else layers, ready)
     logger.info("layers run as CUDA graphs: train.cuda_graphs = %s", args.cuda_graphs)
 
 

@@ -62,6 +62,14 @@ def test_what_graphs_may_not_stand_in_for_is_not_taken(model, graphs, hidden):
     assert not graphs.take(layers, hidden)
 
 
+def test_graphs_wait_until_what_they_read_is_settled(model, hidden):
+    settled = []
+    graphs = LayerGraphs(model.gpt_neox.layers, ready=lambda: bool(settled))
+    assert not any(graphs.take(graphs.layers, hidden) for _ in range(PATIENCE + 2))
+    settled.append(True)
+    assert graphs.take(graphs.layers, hidden)
+
+
 def test_a_copy_of_the_model_has_no_graphs(model, graphs):
     model.gpt_neox.graphs = graphs
     assert copy.deepcopy(model).gpt_neox.graphs is None

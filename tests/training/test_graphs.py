@@ -51,7 +51,12 @@ def test_what_can_be_captured_is_no_problem(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "model_fields", "parallel", "words"),
     [
-        ({"precision": "amp"}, {}, {}, "train.precision = amp leaves gradients to autograd; use bf16 or pure_bf16"),
+        (
+            {"precision": "amp"},
+            {},
+            {},
+            "train.precision = amp leaves gradients to autograd; use bf16 or",
+        ),
         ({"torch_compile": True}, {}, {}, "train.torch_compile compiles the layers"),
         ({"activation_checkpointing": "full"}, {}, {}, "use selective or none"),
         ({}, {"hidden_dropout": 0.1}, {}, "the model has dropout"),
