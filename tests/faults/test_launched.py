@@ -59,7 +59,7 @@ def left_behind(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("seal", 1), ("write_manifest", 0)])
+@pytest.mark.parametrize(("phase", "rank"), [("seal", 1), pytest.param("write_manifest", 0, marks=pytest.mark.slow)])
 def test_a_rank_dies_while_a_checkpoint_is_written(phase, rank, tmp_path):
     runs = Runs(tmp_path)
     recipe, script, moment = tmp_path / "recipe.json", tmp_path / "dying.py", tmp_path / "moment"
