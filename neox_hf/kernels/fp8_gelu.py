@@ -48,6 +48,8 @@ from neox_hf.kernels.registration import register, register_fake
 FORWARD_TILE = Tile(16, 512, 8)
 """Wide, since nothing is transposed."""
 
+BACKWARD_TILE = TILE
+
 
 def gelu_forward_reference(
     x: Tensor, bias: Tensor | None, form: str, scale: Tensor, amax: Tensor, rows: Tensor
@@ -267,7 +269,7 @@ def gelu_backward_triton(
     y_columns: Tensor,
     partial: Tensor | None,
 ) -> None:
-    launch_gelu_backward(dy, x, bias, form, scale, amax, rows, columns, y_scale, y_columns, partial, TILE)
+    launch_gelu_backward(dy, x, bias, form, scale, amax, rows, columns, y_scale, y_columns, partial, BACKWARD_TILE)
 
 
 @register_fake(gelu_backward_triton)
@@ -319,7 +321,7 @@ def gelu_backward_to_fp8(
     rows = empty_fp8(count, width, slot.dtype, x.device)
     columns = empty_fp8(width, padded(count), slot.dtype, x.device)
     y_columns = empty_fp8(width, padded(count), y_slot.dtype, x.device)
-    partial = None if sum_dtype is None else partial_sums(x)
+    partial = None if sum_dtype is None else partial_sums(x, BACKWARD_TILE)
     FP8_GELU_BACKWARD.choose(backend, x)(
         dy, x, bias, form, slot.scale, slot.amax, rows, columns, y_slot.scale, y_columns, partial
     )
