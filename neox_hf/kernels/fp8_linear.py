@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from neox_hf.kernels.fp8_cast import FP8_CAST, fp8_cast
 from neox_hf.kernels.fp8_format import E4M3, E5M2, MULTIPLE, Fp8Tensor, empty_fp8, padded
@@ -52,6 +53,7 @@ class Fp8Weight:
         self.backend = backend
         self._made_of: tuple[int, ...] | None = None
         self._made: Fp8Tensor | None = None
+        self.addresses: tuple[int, int] | None = None  # of the casts, once there are any
 
     def of(self, weight: Tensor) -> Fp8Tensor:
         made_of = (weight.data_ptr(), weight._version, self.slot.table.epoch)
@@ -66,10 +68,21 @@ class Fp8Weight:
             rows, columns = weight.shape
             self._rows = empty_fp8(rows, columns, self.slot.dtype, weight.device)
             self._columns = empty_fp8(columns, padded(rows), self.slot.dtype, weight.device)
+            self._made = None
+            self.addresses = self._rows.data_ptr(), self._columns.data_ptr()
         source = weight.detach()
         scale, inverse = self.slot.for_values(source)
         FP8_CAST.choose(self.backend, source)(source, scale, self.slot.amax, self._rows, self._columns, None)
-        self._made = Fp8Tensor(self._rows, self._columns, inverse)
+        self._note(weight, inverse)
+
+    def was_written(self, weight: Tensor) -> None:
+        """Someone else has made it, of `weight` and with the slot's own scale."""
+        increment_version((self._rows, self._columns))
+        self._note(weight, self.slot.inverse)
+
+    def _note(self, weight: Tensor, inverse: Tensor) -> None:
+        if self._made is None or self._made.inverse is not inverse:
+            self._made = Fp8Tensor(self._rows, self._columns, inverse)
         self._made_of = (weight.data_ptr(), weight._version, self.slot.table.epoch)
 
 

@@ -16,6 +16,7 @@ CUDA graph, `capturable` says. Source of the recipe: arXiv 2209.05433, section 3
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,13 @@ def scale_for(magnitude: Tensor, limit: Tensor | float, margin: int = 0) -> Tens
 
 @dataclass(eq=False)
 class ScaleSlot:
-    """One tensor's place in the table. scale, inverse, amax: views [1] of it. since: the first epoch it was used in."""
+    """One tensor's place in the table, at `index`. scale, inverse, amax: views [1] of it.
+
+    since: the first epoch it was used in.
+    """
 
     table: "Fp8Scales"
+    index: int
     dtype: torch.dtype
     scale: Tensor
     inverse: Tensor
@@ -76,6 +81,7 @@ class Fp8Scales:
     ) -> None:
         self.epoch = 0
         self.margin = margin
+        self.plans: dict[Any, Any] = {}  # what launches over many slots remember
         count = len(dtypes)
         self.limits = torch.tensor([largest(dtype) for dtype in dtypes.values()], dtype=torch.float32, device=device)
         self.history = torch.zeros(history, count, device=device)
@@ -86,7 +92,7 @@ class Fp8Scales:
 
     def _slot(self, index: int, dtype: torch.dtype) -> ScaleSlot:
         scale, inverse, amax = (each[index : index + 1] for each in (self.scale, self.inverse, self.amax))
-        return ScaleSlot(self, dtype, scale, inverse, amax)
+        return ScaleSlot(self, index, dtype, scale, inverse, amax)
 
     @property
     def capturable(self) -> bool:

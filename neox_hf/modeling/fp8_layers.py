@@ -14,6 +14,7 @@ from neox_hf.errors import RecipeError
 from neox_hf.kernels.fp8_linear import Fp8Linear, reason_against_fp8, slot_dtypes
 from neox_hf.kernels.fp8_product import reason_against_device
 from neox_hf.kernels.fp8_scales import Fp8Scales
+from neox_hf.kernels.fp8_weights import refresh_weights
 from neox_hf.parallel import Linear
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,8 @@ def compute_in_fp8(model: nn.Module) -> Fp8Scales:
 
 def refresh_fp8_weights(model: nn.Module) -> None:
     """Make the weights in eight bits for the step to come, outside of any CUDA graph: such a graph only reads them."""
-    for module in model.modules():
-        if isinstance(module, Linear) and module.fp8 is not None:
-            module.fp8.weight.refresh(module.weight)
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8 is not None]
+    refresh_weights([linear.fp8.weight for linear in linears], [linear.weight for linear in linears])
 
 
 def _report(able: list[str], others: dict[str, str], device: torch.device) -> None:
