@@ -9,6 +9,7 @@ from neox_hf.kernels.fp8_linear import Fp8Linear, slot_dtypes
 from neox_hf.kernels.fp8_mlp import fp8_mlp
 from neox_hf.kernels.fp8_product import add_fp8_product_, fp8_product, fp8_product_reference
 from neox_hf.kernels.fp8_scales import Fp8Scales
+from neox_hf.kernels.fp8_weights import refresh_weights
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from tests.kernels.fp8_cases import (
     FORMATS,
@@ -29,7 +30,7 @@ SHAPES = [(4096, 2048), (2049, 1040), (77, 1001), (5, 64)]
 
 @pytest.mark.parametrize("known", [None, 1e4])
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cast(shape, dtype, form, known):
     check_cast("cuda", shape, dtype, form, known)
@@ -107,6 +108,33 @@ def a_layer() -> tuple[Fp8Scales, tuple[Fp8Linear, Fp8Linear], list[torch.Tensor
         parameter.grad_dtype = torch.float32
         sum_in(parameter, SumInGrad())
     return table, (Fp8Linear(table, "up"), Fp8Linear(table, "down")), parameters
+
+
+def test_all_weights_in_one_launch_are_what_each_alone_would_be():
+    table, (up, down), parameters = a_layer()
+    casts, weights = (up.weight, down.weight), parameters[::2]
+    refresh_weights(casts, weights)
+    table.advance()
+    refresh_weights(casts, weights)
+    together = [
+        (cast.of(weight).rows.clone(), cast.of(weight).columns.clone())
+        for cast, weight in zip(casts, weights, strict=True)
+    ]
+    for cast, weight, made in zip(casts, weights, together, strict=True):
+        cast.refresh(weight)
+        assert torch.equal(made[0].float(), cast.of(weight).rows.float())
+        assert torch.equal(made[1].float(), cast.of(weight).columns.float())
+        assert torch.equal(made[0].float(), made[1].float().t())
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_every_slot_s_inverse_is_taken_by_products(index):
+    table = a_table("cuda", known=448.0, **{f"x{each}": E4M3 for each in range(5)})
+    slot = table.slots[f"x{index}"]
+    x = torch.randn(64, 64, device="cuda").bfloat16()
+    cast, _ = fp8_cast(x, slot)
+    found = fp8_product(cast.rows, cast.rows, cast.inverse, slot.inverse, torch.bfloat16)
+    assert relative_error(found, x.double() @ x.double().t()) < 0.05
 
 
 def test_nothing_waits_for_the_device():
