@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neox_hf.kernels.column_sums import finish_column_sums
-from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.fp8_choice import Fp8Op
 from neox_hf.kernels.fp8_format import (
     TILE,
     Fp8Tensor,
@@ -27,6 +27,7 @@ from neox_hf.kernels.fp8_format import (
     store_words,
     tile_of,
     to_code,
+    to_words,
     without_infinity,
     word_view,
 )
@@ -69,17 +70,18 @@ def cast_tile(
     factor = tl.load(scale)
     top = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
-    words = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    scaled = ()
     for part in tl.static_range(4):
         values = parts[part].to(tl.float32)
         sums += values
         values = without_infinity(values)
         top = tl.maximum(top, tl.abs(values))
-        code = to_code(values, factor, MANTISSA, BY_HAND)
-        words |= code.to(tl.int32) << (8 * part)
+        scaled += (values * factor,)
         if as_rows is not None:
+            code = to_code(scaled[part], MANTISSA, BY_HAND)
             store_part(code, as_rows, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
     if as_columns is not None:
+        words = to_words(scaled, MANTISSA, BY_HAND)
         store_words(words, as_columns, row, column, columns, padded, WHOLE, ROWS, COLUMNS)
     if partial is not None:
         place = column + tl.arange(0, COLUMNS)
@@ -166,7 +168,7 @@ def _(
     return None
 
 
-FP8_CAST = Op("fp8_cast", torch=fp8_cast_reference, triton=fp8_cast_triton)
+FP8_CAST = Fp8Op("fp8_cast", torch=fp8_cast_reference, triton=fp8_cast_triton)
 
 
 def partial_sums(x: Tensor, tile: Tile = TILE) -> Tensor:

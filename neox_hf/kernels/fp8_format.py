@@ -112,15 +112,19 @@ def quantised_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def store_reference(
     x: Tensor, scale: Tensor, rows: Tensor | None, columns: Tensor | None, amax: Tensor | None = None
 ) -> None:
-    """What a kernel writes of x [T, C]. rows, columns: as in an `Fp8Tensor`. amax [1] grows."""
+    """What a kernel writes of x [T, C]. rows, columns: as in an `Fp8Tensor`, of one dtype. amax [1] grows."""
     if amax is not None and x.numel():
         finite = torch.where(x.isfinite(), x, 0).abs().amax().float()
         amax.copy_(torch.maximum(amax, finite))
+    out = rows if rows is not None else columns
+    if out is None:
+        return
+    code = quantised_reference(x, scale, out.dtype)
     if rows is not None:
-        rows.copy_(quantised_reference(x, scale, rows.dtype))
+        rows.copy_(code)
     if columns is not None:
-        columns.zero_()
-        columns[:, : x.shape[0]] = quantised_reference(x, scale, columns.dtype).t()
+        columns[:, : x.shape[0]] = code.t()
+        columns[:, x.shape[0] :].zero_()
 
 
 @triton.jit
@@ -142,12 +146,49 @@ def _bytes_of(x, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def to_code(x, scale, MANTISSA: tl.constexpr, BY_HAND: tl.constexpr):
-    """The bytes of x * scale. x: finite or NaN, as `without_infinity` makes it; hardware clamps, and keeps NaN."""
-    scaled = x * scale
+def to_code(scaled, MANTISSA: tl.constexpr, BY_HAND: tl.constexpr):
+    """The bytes of `scaled`, finite or NaN, as `without_infinity` makes it; hardware clamps, and keeps NaN."""
     if BY_HAND:
         return _bytes_of(scaled, MANTISSA)
     return scaled.to(tl.float8e4nv if MANTISSA == 3 else tl.float8e5).to(tl.uint8, bitcast=True)
+
+
+def _word_instructions(pair: str) -> str:
+    """PTX that rounds four fp32, operands 1 to 4, to the bytes of a word, the lowest first.
+
+    pair: the type of two. A conversion puts its first source into the upper byte.
+    """
+    return f"""{{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.{pair}.f32 low, $2, $1;
+        cvt.rn.satfinite.{pair}.f32 high, $4, $3;
+        mov.b32 $0, {{low, high}};
+    }}"""
+
+
+_E4M3_WORD = tl.constexpr(_word_instructions("e4m3x2"))
+_E5M2_WORD = tl.constexpr(_word_instructions("e5m2x2"))
+
+
+@triton.jit
+def to_words(scaled, MANTISSA: tl.constexpr, BY_HAND: tl.constexpr):
+    """Words of four parts, each like one: their bytes, that of the first lowest. scaled: as for `to_code`.
+
+    Rounded anew, by conversions that share nothing with those of `to_code`: no byte is taken out of another register.
+    """
+    if BY_HAND:
+        words = _bytes_of(scaled[0], MANTISSA).to(tl.int32)
+        for part in tl.static_range(1, 4):
+            words |= _bytes_of(scaled[part], MANTISSA).to(tl.int32) << (8 * part)
+        return words
+    return tl.inline_asm_elementwise(
+        _E4M3_WORD if MANTISSA == 3 else _E5M2_WORD,
+        "=r,f,f,f,f",
+        [scaled[0], scaled[1], scaled[2], scaled[3]],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from neox_hf.kernels.bias_gelu import (
     _gelu_and_slope,
     bias_gelu_reference,
 )
-from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.fp8_cast import finished, fp8_cast, partial_sums
+from neox_hf.kernels.fp8_choice import Fp8Op
 from neox_hf.kernels.fp8_format import (
     TILE,
     Fp8Tensor,
@@ -38,6 +38,7 @@ from neox_hf.kernels.fp8_format import (
     store_words,
     tile_of,
     to_code,
+    to_words,
     without_infinity,
     word_view,
 )
@@ -135,7 +136,7 @@ def _forward_kernel(
         z = _shifted(parts[part], shift, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
         y = without_infinity(_gelu_and_slope(z, ERF, x.dtype.element_ty == tl.float32)[0])
         top = tl.maximum(top, tl.abs(y))
-        code = to_code(y, factor, MANTISSA, BY_HAND)
+        code = to_code(y * factor, MANTISSA, BY_HAND)
         store_part(code, as_rows, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
     note_amax(top, amax)
 
@@ -170,19 +171,19 @@ def _backward_kernel(
     factor, y_factor = tl.load(scale), tl.load(y_scale)
     top = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS // 4, COLUMNS], tl.float32)
-    words = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
-    y_words = tl.zeros([ROWS // 4, COLUMNS], tl.int32)
+    scaled, y_scaled = (), ()
     for part in tl.static_range(4):
         z = _shifted(parts[part], shift, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
         y, slope = _gelu_and_slope(z, ERF, x.dtype.element_ty == tl.float32)
-        y_words |= to_code(without_infinity(y), y_factor, Y_MANTISSA, BY_HAND).to(tl.int32) << (8 * part)
+        y_scaled += (without_infinity(y) * y_factor,)
         dx = upstream[part].to(tl.float32) * slope
         sums += dx
         dx = without_infinity(dx)
         top = tl.maximum(top, tl.abs(dx))
-        code = to_code(dx, factor, MANTISSA, BY_HAND)
-        words |= code.to(tl.int32) << (8 * part)
+        scaled += (dx * factor,)
+        code = to_code(scaled[part], MANTISSA, BY_HAND)
         store_part(code, as_rows, row, column, rows, columns, part, WHOLE, ROWS, COLUMNS)
+    words, y_words = to_words(scaled, MANTISSA, BY_HAND), to_words(y_scaled, Y_MANTISSA, BY_HAND)
     store_words(words, as_columns, row, column, columns, padded, WHOLE, ROWS, COLUMNS)
     store_words(y_words, y_columns, row, column, columns, padded, WHOLE, ROWS, COLUMNS)
     if partial is not None:
@@ -289,8 +290,8 @@ def _(
     return None
 
 
-FP8_GELU = Op("fp8_gelu", torch=gelu_forward_reference, triton=gelu_forward_triton)
-FP8_GELU_BACKWARD = Op("fp8_gelu_backward", torch=gelu_backward_reference, triton=gelu_backward_triton)
+FP8_GELU = Fp8Op("fp8_gelu", torch=gelu_forward_reference, triton=gelu_forward_triton)
+FP8_GELU_BACKWARD = Fp8Op("fp8_gelu_backward", torch=gelu_backward_reference, triton=gelu_backward_triton)
 
 
 def gelu_to_fp8(x: Tensor, bias: Tensor | None, form: str, slot: ScaleSlot, *, backend: str = "auto") -> Fp8Tensor:

@@ -1,4 +1,7 @@
-"""Eight bits on a GPU: its own rounding against torch's, its products against the truth, no word to the host."""
+"""Eight bits on a GPU: its own rounding against torch's, its products against the truth, no word to the host.
+
+Kernels are asked for by name: what `auto` takes is for `fp8_choice` to say, and follows from what is seen here.
+"""
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from tests.kernels.fp8_cases import (
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BACKENDS = ["torch", "triton"]
 SHAPES = [(4096, 2048), (2049, 1040), (77, 1001), (5, 64)]
 """Whole tiles; a row and some columns too many; no vectors of 16 bytes; one small."""
 
@@ -90,28 +94,30 @@ def test_sums_of_products():
 @pytest.mark.parametrize("delayed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [(1024, 2048, 1024), (37, 64, 48)])
-def test_how_near_a_linear_is(sizes, dtype, delayed):
-    check_linear("cuda", "auto", dtype, sizes, delayed)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_how_near_a_linear_is(backend, sizes, dtype, delayed):
+    check_linear("cuda", backend, dtype, sizes, delayed)
 
 
 @pytest.mark.parametrize("form", ["erf", "tanh"])
 @pytest.mark.parametrize("sizes", [(2048, 512, 2048), (37, 32, 64)])
-def test_how_near_the_feed_forward_layer_is(sizes, form):
-    check_mlp("cuda", "auto", torch.bfloat16, sizes, form)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_how_near_the_feed_forward_layer_is(backend, sizes, form):
+    check_mlp("cuda", backend, torch.bfloat16, sizes, form)
 
 
-def a_layer() -> tuple[Fp8Scales, tuple[Fp8Linear, Fp8Linear], list[torch.Tensor]]:
+def a_layer(backend: str) -> tuple[Fp8Scales, tuple[Fp8Linear, Fp8Linear], list[torch.Tensor]]:
     table = Fp8Scales(slot_dtypes(["up", "down"]), "cuda")
     sizes = (1024, 256), (1024,), (256, 1024), (256,)
     parameters = [torch.randn(size, device="cuda").mul(0.05).bfloat16().requires_grad_() for size in sizes]
     for parameter in parameters[::2]:
         parameter.grad_dtype = torch.float32
         sum_in(parameter, SumInGrad())
-    return table, (Fp8Linear(table, "up"), Fp8Linear(table, "down")), parameters
+    return table, tuple(Fp8Linear(table, name, backend) for name in ("up", "down")), parameters
 
 
 def test_all_weights_in_one_launch_are_what_each_alone_would_be():
-    table, (up, down), parameters = a_layer()
+    table, (up, down), parameters = a_layer("triton")
     casts, weights = (up.weight, down.weight), parameters[::2]
     refresh_weights(casts, weights)
     table.advance()
@@ -132,13 +138,14 @@ def test_every_slot_s_inverse_is_taken_by_products(index):
     table = a_table("cuda", known=448.0, **{f"x{each}": E4M3 for each in range(5)})
     slot = table.slots[f"x{index}"]
     x = torch.randn(64, 64, device="cuda").bfloat16()
-    cast, _ = fp8_cast(x, slot)
+    cast, _ = fp8_cast(x, slot, backend="triton")
     found = fp8_product(cast.rows, cast.rows, cast.inverse, slot.inverse, torch.bfloat16)
     assert relative_error(found, x.double() @ x.double().t()) < 0.05
 
 
-def test_nothing_waits_for_the_device():
-    table, states, parameters = a_layer()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_waits_for_the_device(backend):
+    table, states, parameters = a_layer(backend)
     x = torch.randn(512, 256, device="cuda").bfloat16().requires_grad_()
     fp8_mlp(x, *parameters, "erf", states).sum().backward()  # what is made once, constants among it, may wait
     table.advance()
@@ -152,8 +159,9 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_a_captured_step_is_the_step():
-    table, states, parameters = a_layer()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_captured_step_is_the_step(backend):
+    table, states, parameters = a_layer(backend)
     x = torch.randn(512, 256, device="cuda").bfloat16().requires_grad_()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -176,8 +184,9 @@ def test_a_captured_step_is_the_step():
     assert table.slots["up.input"].amax.item() == x.abs().max().float().item()
 
 
-def test_a_graph_goes_on_with_other_weights_and_scales():
-    table, states, parameters = a_layer()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_goes_on_with_other_weights_and_scales(backend):
+    table, states, parameters = a_layer(backend)
     weights = parameters[::2]
     x = torch.randn(512, 256, device="cuda").bfloat16().requires_grad_()
 
