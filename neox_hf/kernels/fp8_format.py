@@ -174,7 +174,8 @@ _E5M2_WORD = tl.constexpr(_word_instructions("e5m2x2"))
 def to_words(scaled, MANTISSA: tl.constexpr, BY_HAND: tl.constexpr):
     """Words of four parts, each like one: their bytes, that of the first lowest. scaled: as for `to_code`.
 
-    Rounded anew, by conversions that share nothing with those of `to_code`: no byte is taken out of another register.
+    Rounded anew, by conversions that share nothing with those of `to_code`: a byte that ptxas 12.8 has to take out of
+    a pair which a row stores too, it may take out of a register that nothing has written (triton-lang/triton#11111).
     """
     if BY_HAND:
         words = _bytes_of(scaled[0], MANTISSA).to(tl.int32)
@@ -282,11 +283,7 @@ def store_words(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes a tile's words [ROWS / 4, COLUMNS], each a byte of four rows, transposed.
-
-    Bytes themselves are never transposed: ptxas 12.9 gets that wrong where they are also written as they are
-    (triton-lang/triton#11111).
-    """
+    """Writes a tile's words [ROWS / 4, COLUMNS], each a byte of four rows, transposed."""
     length = tl.multiple_of(padded // 4, 4)
     line, place = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
     at = as_columns + (column.to(tl.int64) * length + row // 4)

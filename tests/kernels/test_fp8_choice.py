@@ -38,7 +38,7 @@ def test_kernels_that_are_wrong_are_refused_where_they_would_be_launched(right):
 
 
 def test_what_the_log_says(right):
-    assert ("transposed copies are wrong" in how_it_is_rounded("auto", CUDA)) is not right
+    assert ("transposed copies were wrong" in how_it_is_rounded("auto", CUDA)) is not right
     assert how_it_is_rounded("torch", CUDA) == ""
     assert "cpu has no such products" in how_it_is_rounded("auto", CPU)
 
