@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 export DS_BUILD_OPS := 0
 export TOKENIZERS_PARALLELISM := false
 
+# `make test COVERAGE=1`, as continuous integration has it: the tests fail too if they leave much out.
+MEASURED := $(if $(COVERAGE),--cov --cov-report=term:skip-covered --cov-fail-under=90)
+
 .PHONY: install demo test test-slow test-gpu check style coverage bench bench-cpu clean
 
 install: $(STAMP)
@@ -22,7 +25,10 @@ demo: ## set-up, then the main job on the embedded corpus
 	@scripts/demo.sh
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multigpu and not slow and not network" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multigpu and not slow and not network" $(MEASURED)
+
+coverage: ## the tests, with what they run of neox_hf measured: half as long again
+	$(MAKE) test COVERAGE=1
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow"

@@ -159,13 +159,15 @@ def run_peer(text: str, options: argparse.Namespace, world: int, folder: Path) -
     return launch(world, [str(PEERS), kind, str(result), json.dumps(job)], result)
 
 
-def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Namespace, seq_length: int) -> None:
-    tokens = options.global_batch * seq_length
-    rates = {
-        name: tokens / statistics.median(figures["seconds"][options.warmup :])
-        for name, figures in {**ours, **peers}.items()
-        if figures
-    }
+def rate_of(figures: dict[str, Any], tokens: int, options: argparse.Namespace) -> float:
+    """Tokens/s of the median step."""
+    return tokens / statistics.median(figures["seconds"][options.warmup :])
+
+
+def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Namespace, tokens: int) -> None:
+    """The table. tokens: of one step."""
+    runs = {**ours, **peers}
+    rates = {name: rate_of(figures, tokens, options) for name, figures in runs.items() if figures}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"\n{device}, torch {torch.__version__}; {tokens:,} tokens a step, medians of {options.steps - options.warmup}"
@@ -173,7 +175,7 @@ def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Name
     columns = ["layout", "tokens/s", *(f"/ {name}" for name in peers), *MEMORY, "loss differs by", "norm differs by"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     first = next((figures for figures in ours.values() if figures), {})
-    for name, figures in {**ours, **peers}.items():
+    for name, figures in runs.items():
         if not figures:
             print(f"| {name} | failed |")
             continue
@@ -207,19 +209,32 @@ def main() -> None:
     if options.worker is not None:
         work(options)
         return
+    measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run everything; what is known is printed and written after each run, for a run that is cut short."""
     world = max(world_of(parse_layout(text)) for text in options.layouts)
+    tokens = options.global_batch * load_recipe(options.config, None, options.set).data.seq_length
     ours: dict[str, dict] = {}
     peers: dict[str, dict] = {}
+
+    def note(name: str, figures: dict[str, Any]) -> None:
+        if figures:
+            print(f"  {name}: {rate_of(figures, tokens, options):,.0f} tokens/s", flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps({"ours": ours, "peers": peers}, indent=1))
+
     with tempfile.TemporaryDirectory() as folder:
         for text in options.layouts:
             print(f"ours: {text}", flush=True)
             ours[text] = run_ours(text, options, Path(folder))
+            note(text, ours[text])
         for text in options.against:
             print(f"peer: {text}", flush=True)
             peers[f"peer {text}"] = run_peer(text, options, world, Path(folder))
-    if options.json is not None:
-        options.json.write_text(json.dumps({"ours": ours, "peers": peers}, indent=1))
-    report(ours, peers, options, load_recipe(options.config, None, options.set).data.seq_length)
+            note(text, peers[f"peer {text}"])
+    report(ours, peers, options, tokens)
 
 
 if __name__ == "__main__":

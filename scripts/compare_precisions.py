@@ -1,10 +1,12 @@
-"""Loss curves of one recipe in several precisions: the same first weights, the same samples.
+"""Loss curves of one recipe in several precisions, and of transformers' class: the same first weights and samples.
 
     python scripts/compare_precisions.py --config recipes/pythia_160m.yaml --precisions bf16 fp8 --steps 500 \
         --set train.global_batch_size=32
+    python scripts/compare_precisions.py --config recipes/pythia_160m.yaml --precisions stock:amp amp bf16 --steps 200
 
-Prints the mean loss of each window of steps, how far each precision is from the first one, and, where the recipe holds
-documents out, their loss at the end, which is computed in the precision of the weights.
+`stock:` before a precision trains transformers' own class, with its own operations, instead of ours. Prints the mean
+loss of each window of steps, how far each run is from the first one, and, where the recipe holds documents out, their
+loss at the end, which is computed in the precision of the weights.
 """
 
 import argparse
@@ -14,9 +16,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import GPTNeoXConfig as StockConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM as StockForCausalLM
 
 from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import Recipe, load_recipe
+from neox_hf.training.trainer import NeoXTrainer
+
+STOCK = "stock:"
 
 
 def overrides(options: argparse.Namespace, precision: str, folder: Path) -> list[str]:
@@ -36,15 +43,34 @@ def overrides(options: argparse.Namespace, precision: str, folder: Path) -> list
     return [*options.set, *(f"{key}={value}" for key, value in fixed.items())]
 
 
-def losses(recipe: Recipe) -> tuple[list[float], float]:
+def losses(recipe: Recipe, stock: bool) -> tuple[list[float], float]:
     """The loss of each step, and that of the documents held out, at the end."""
     args = recipe.training_arguments()
     trainer = build_trainer(recipe, args, recipe.topology(args.world_size, args.process_index).connect())
+    if stock:
+        trainer = of_stock_model(trainer)
     trainer.train()
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     held_out = trainer.evaluate()["eval_loss"]
     trainer.loader.close()
     return curve, held_out
+
+
+def of_stock_model(trainer: NeoXTrainer) -> NeoXTrainer:
+    """The same run of transformers' class, from the same weights."""
+    ours = trainer.model
+    model = StockForCausalLM(StockConfig.from_dict(ours.config.to_dict()))
+    model.load_state_dict(ours.state_dict())
+    return NeoXTrainer(
+        model,
+        trainer.args,
+        topology=trainer.topology,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        workers=trainer.workers,
+        locked=True,
+    )
 
 
 def windows(curve: list[float], size: int) -> list[float]:
@@ -83,9 +109,10 @@ def main() -> None:
     curves: dict[str, list[float]] = {}
     held_out: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for precision in options.precisions:
-            recipe = load_recipe(options.config, overrides=overrides(options, precision, Path(folder) / precision))
-            curves[precision], held_out[precision] = losses(recipe)
+        for name in options.precisions:
+            stock, precision = name.startswith(STOCK), name.removeprefix(STOCK)
+            recipe = load_recipe(options.config, overrides=overrides(options, precision, Path(folder) / name))
+            curves[name], held_out[name] = losses(recipe, stock)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     report(curves, held_out, options.window)

@@ -24,3 +24,15 @@ def test_curves_and_what_is_held_out(tmp_path, monkeypatch, capsys):
     mean = sum(half[:2]) / 2, sum(eight[:2]) / 2
     assert printed[1].split() == ["1-2", f"{mean[0]:.4f}", f"{mean[1]:.4f}", f"{mean[1] / mean[0] - 1:+.3%}"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_stock_class_follows(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_recipe(corpus, tmp_path / "elsewhere")))
+    figures = tmp_path / "figures.json"
+    options = ["--config", str(tmp_path / "tiny.json"), "--steps", "4", "--window", "2", "--json", str(figures)]
+    runs = ["--precisions", "stock:fp32", "fp32", "--set", "model.hidden_dropout=0"]
+    monkeypatch.setattr("sys.argv", ["compare_precisions.py", *options, *runs])
+    compare_precisions.main()
+    losses = json.loads(figures.read_text())["losses"]
+    assert losses["fp32"] == pytest.approx(losses["stock:fp32"], rel=1e-5)
