@@ -151,30 +151,13 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
             return self.emb_dropout(embedded)
 
     def run_layers(
-        self,
-        layers: Iterable[GPTNeoXLayer],
-        hidden_states: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
+        self, layers: Iterable[GPTNeoXLayer], hidden_states: Tensor, **given: Any
     ) -> tuple[Tensor, Cache | None]:
-        """Hidden states [B, S, H] after `layers`, and the cache. Arguments as for `forward`."""
-        given = (attention_mask, position_ids, past_key_values, use_cache or None)
-        plain = all(each is None for each in given) and kwargs.keys() <= FOR_THE_LOSS
+        """Hidden states [B, S, H] after `layers`, and the cache. given: other arguments as for `forward`."""
+        plain = all(_is_default(*argument) for argument in given.items())
         if plain and self.graphs is not None and self.graphs.take(layers, hidden_states):
             return self.graphs(lambda states: self._run_layers(layers, states)[0], hidden_states), None
-        return self._run_layers(
-            layers,
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        return self._run_layers(layers, hidden_states, **given)
 
     def _run_layers(
         self,
@@ -214,6 +197,11 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         """
         region = self.region.in_mode(self.training)
         return region.gather_sequence(self.final_layer_norm(region.enter(hidden_states)))
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether layers would do the same without this argument."""
+    return value is None or name in FOR_THE_LOSS or (name == "use_cache" and value is False)
 
 
 def positions_or_default(position_ids: Tensor | None, inputs_embeds: Tensor, past_key_values: Cache | None) -> Tensor:
