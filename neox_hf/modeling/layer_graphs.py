@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.weight_gradient import AddInto, GradientSum, sum_in, sum_of
+from neox_hf.modeling.bare import is_watched
 
 PATIENCE = 2
 """Passes of a shape that run as they are before one is captured: kernels are compiled and libraries started in them."""
@@ -69,8 +70,10 @@ class LayerGraphs:
         """Nothing is attached to the layers that wants to be asked, and nothing in them is computed again by torch."""
         if not all(layer.training and not getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             return False
-        modules = (module for layer in self.layers for module in layer.modules())
-        return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+        for module in (module for layer in self.layers for module in layer.modules()):
+            if is_watched(module) or any(p is not None and p._backward_hooks for p in module._parameters.values()):
+                return False
+        return True
 
     def _capture(self, run: Run, hidden: Tensor) -> "_CapturedPass":
         self._find_sums()

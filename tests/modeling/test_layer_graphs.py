@@ -62,6 +62,21 @@ def test_what_graphs_may_not_stand_in_for_is_not_taken(model, graphs, hidden):
     assert not graphs.take(layers, hidden)
 
 
+@pytest.mark.parametrize("attach", ["register_forward_pre_hook", "register_full_backward_pre_hook"])
+def test_a_module_that_is_watched_is_called(graphs, hidden, attach):
+    handle = getattr(graphs.layers[0].attention, attach)(lambda *_: None)
+    assert not graphs.take(graphs.layers, hidden)
+    handle.remove()
+    assert graphs.take(graphs.layers, hidden)
+
+
+def test_a_gradient_that_is_watched_is_autograd_s(graphs, hidden):
+    handle = graphs.layers[1].mlp.dense_h_to_4h.weight.register_hook(lambda gradient: gradient)
+    assert not graphs.take(graphs.layers, hidden)
+    handle.remove()
+    assert graphs.take(graphs.layers, hidden)
+
+
 def test_graphs_wait_until_what_they_read_is_settled(model, hidden):
     settled = []
     graphs = LayerGraphs(model.gpt_neox.layers, ready=lambda: bool(settled))
