@@ -71,6 +71,10 @@ class Runs:
     def log_history(self, name: str, step: int) -> list[dict[str, float]]:
         return json.loads((self.folder / name / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
 
+    def losses(self, name: str, step: int = 8) -> list[float]:
+        """The loss of each step that was logged up to `step`."""
+        return [entry["loss"] for entry in self.log_history(name, step) if "loss" in entry]
+
     def message(self, name: str, rank: int = 0) -> str:
         """What a rank wrote to stdout and stderr."""
         return (self.folder / f"{name}.rank{rank}.log").read_text()

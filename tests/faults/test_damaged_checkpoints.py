@@ -148,10 +148,6 @@ def record_samples(rank: int, stem: Path) -> None:
     NativeEngine.step = step
 
 
-def losses(runs: Runs, name: str) -> list[float]:
-    return [row["loss"] for row in runs.log_history(name, 8) if "loss" in row]
-
-
 @pytest.fixture(scope="module")
 def one_rank(runs) -> Runs:
     assert runs.run("one", *PLAIN, prepare=record_samples, stem=runs.folder / "one") == [0], runs.message("one")
@@ -167,7 +163,7 @@ def two_ranks(one_rank) -> Runs:
 
 def test_one_and_two_ranks_follow_one_curve_over_one_sequence(two_ranks):
     runs = two_ranks
-    assert losses(runs, "two") == pytest.approx(losses(runs, "one"), rel=1e-5)
+    assert runs.losses("two") == pytest.approx(runs.losses("one"), rel=1e-5)
     assert tokens(runs.folder / "two.0", runs.folder / "two.1") == tokens(runs.folder / "one.0")
 
 
@@ -178,7 +174,7 @@ def test_resumed_on_another_number_of_ranks(two_ranks, source, world_size):
     given = {"prepare": record_samples, "stem": runs.folder / name}
     assert runs.run(name, *PLAIN, world_size=world_size, **given) == [0] * world_size, runs.message(name)
     assert f"resuming from {runs.folder}/{name}/checkpoint-4" in runs.message(name)
-    assert losses(runs, name) == pytest.approx(losses(runs, "one"), rel=1e-5)
+    assert runs.losses(name) == pytest.approx(runs.losses("one"), rel=1e-5)
     seen = tokens(*(runs.folder / f"{name}.{rank}" for rank in range(world_size)))
     assert seen == {step: samples for step, samples in tokens(runs.folder / "one.0").items() if step >= 4}
 

@@ -17,13 +17,9 @@ def runs(tmp_path_factory) -> Runs:
     return runs
 
 
-def losses(runs: Runs, name: str) -> list[float]:
-    return [entry["loss"] for entry in runs.log_history(name, 8) if "loss" in entry]
-
-
 @pytest.mark.parametrize("precision", ["fp32", "amp", "bf16", "pure_bf16", "fp8"])
 def test_loss_falls_and_precisions_agree(runs, precision):
-    ours, truth = losses(runs, f"whole-{precision}"), losses(runs, "whole-fp32")
+    ours, truth = runs.losses(f"whole-{precision}"), runs.losses("whole-fp32")
     assert ours[-1] < 0.8 * ours[0]
     assert ours == pytest.approx(truth, rel=2e-2)
 

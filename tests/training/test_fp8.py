@@ -28,10 +28,6 @@ def runs(tmp_path_factory) -> Runs:
     return runs
 
 
-def losses(runs: Runs, name: str) -> list[float]:
-    return [entry["loss"] for entry in runs.log_history(name, 8) if "loss" in entry]
-
-
 def stop_after_four(runs: Runs, name: str, *options: str) -> None:
     stop = {"prepare": signal_self, "number": signal.SIGTERM, "at_step": 3, "on_rank": 0}
     assert runs.run(name, *options, **stop) == [143], runs.message(name)
@@ -64,7 +60,7 @@ def test_each_goes_on_from_the_others_checkpoints(runs, before, after):
     name = f"from-{before[-4:]}"
     stop_after_four(runs, name, before)
     assert runs.run(name, after) == [0], runs.message(name)
-    assert losses(runs, name) == pytest.approx(losses(runs, "whole"), rel=5e-3)
+    assert runs.losses(name) == pytest.approx(runs.losses("whole"), rel=5e-3)
     assert (NO_SCALES in runs.message(name)) == (after == FP8)
 
 
@@ -73,7 +69,7 @@ def test_two_ranks_follow_one_and_agree_on_scales(runs):
     options = [*alike, "train.per_device_train_batch_size=1"]
     assert runs.run("pair", *options, world_size=2) == [0, 0], runs.message("pair", 1)
     assert runs.run("single", *alike) == [0], runs.message("single")
-    assert losses(runs, "pair") == pytest.approx(losses(runs, "single"), rel=5e-3)
+    assert runs.losses("pair") == pytest.approx(runs.losses("single"), rel=5e-3)
     saved = [runs.folder / name / "checkpoint-8" / "state" for name in ("pair", "single")]
     assert [path.name for path in saved[0].glob("fp8-*")] == ["fp8-0-of-2.safetensors"]
     pair, single = (load_file(next(folder.glob("fp8-*"))) for folder in saved)

@@ -19,12 +19,8 @@ def runs(tmp_path_factory) -> Runs:
     return runs
 
 
-def losses(runs: Runs, name: str) -> list[float]:
-    return [entry["loss"] for entry in runs.log_history(name, 8) if "loss" in entry]
-
-
 def test_the_loss_falls(runs):
-    found = losses(runs, "whole")
+    found = runs.losses("whole")
     assert found[-1] < 0.8 * found[0]
 
 
@@ -48,4 +44,4 @@ def test_two_ranks_follow_one(runs):
     options = [PURE, "train.per_device_train_batch_size=1", "model.hidden_dropout=0"]
     assert runs.run("pair", *options, world_size=2) == [0, 0], runs.message("pair", 1)
     assert runs.run("single", PURE, "model.hidden_dropout=0") == [0], runs.message("single")
-    assert losses(runs, "pair") == pytest.approx(losses(runs, "single"), rel=2e-2)
+    assert runs.losses("pair") == pytest.approx(runs.losses("single"), rel=2e-2)
