@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neox_hf.kernels.column_sums import finish_column_sums
-from neox_hf.kernels.fp8_choice import Fp8Op
+from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.fp8_format import (
     TILE,
     Fp8Tensor,
@@ -168,7 +168,7 @@ def _(
     return None
 
 
-FP8_CAST = Fp8Op("fp8_cast", torch=fp8_cast_reference, triton=fp8_cast_triton)
+FP8_CAST = Op("fp8_cast", torch=fp8_cast_reference, triton=fp8_cast_triton)
 
 
 def partial_sums(x: Tensor, tile: Tile = TILE) -> Tensor:

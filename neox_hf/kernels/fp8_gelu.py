@@ -19,8 +19,8 @@ from neox_hf.kernels.bias_gelu import (
     _gelu_and_slope,
     bias_gelu_reference,
 )
+from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.fp8_cast import finished, fp8_cast, partial_sums
-from neox_hf.kernels.fp8_choice import Fp8Op
 from neox_hf.kernels.fp8_format import (
     TILE,
     Fp8Tensor,
@@ -85,10 +85,11 @@ def gelu_backward_reference(
 
 @triton.jit
 def _load_bias(bias, column, columns, COLUMNS: tl.constexpr):
-    place = column + tl.arange(0, COLUMNS)
     if bias is None:
         return tl.zeros([1, COLUMNS], tl.float32)
-    return tl.load(bias + place, mask=place < columns, other=0.0).to(tl.float32)[None, :]
+    else:  # what follows a `return` is compiled too, and there is nothing to add to None
+        place = column + tl.arange(0, COLUMNS)
+        return tl.load(bias + place, mask=place < columns, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -290,8 +291,8 @@ def _(
     return None
 
 
-FP8_GELU = Fp8Op("fp8_gelu", torch=gelu_forward_reference, triton=gelu_forward_triton)
-FP8_GELU_BACKWARD = Fp8Op("fp8_gelu_backward", torch=gelu_backward_reference, triton=gelu_backward_triton)
+FP8_GELU = Op("fp8_gelu", torch=gelu_forward_reference, triton=gelu_forward_triton)
+FP8_GELU_BACKWARD = Op("fp8_gelu_backward", torch=gelu_backward_reference, triton=gelu_backward_triton)
 
 
 def gelu_to_fp8(x: Tensor, bias: Tensor | None, form: str, slot: ScaleSlot, *, backend: str = "auto") -> Fp8Tensor:

@@ -7,10 +7,10 @@ block round what they multiply (`kernels/fp8_linear.py`); embedding, head, norms
 import logging
 import re
 
+import torch
 from torch import nn
 
 from neox_hf.errors import RecipeError
-from neox_hf.kernels.fp8_choice import how_it_is_rounded, reason_against_kernels
 from neox_hf.kernels.fp8_linear import Fp8Linear, reason_against_fp8, slot_dtypes
 from neox_hf.kernels.fp8_product import reason_against_device
 from neox_hf.kernels.fp8_scales import Fp8Scales
@@ -29,8 +29,7 @@ def compute_in_fp8(model: nn.Module) -> Fp8Scales:
     each optimizer step, and `refresh_fp8_weights` then.
 
     Raises:
-        RecipeError: the device has no eight-bit products, no linear can be computed so, or kernels are asked for that
-            are wrong there.
+        RecipeError: the device has no eight-bit products, or no linear can be computed so.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     reasons = {name: reason_against_fp8(linear.weight) for name, linear in linears.items()}
@@ -42,12 +41,10 @@ def compute_in_fp8(model: nn.Module) -> Fp8Scales:
     if reason := reason_against_device(device):
         raise RecipeError(f"fp8 cannot be computed here: {reason}; use bf16")
     backend = getattr(model.config, "kernels", "auto")
-    if reason := reason_against_kernels(backend, device):
-        raise RecipeError(f"fp8 cannot be computed so: {reason}")
     table = Fp8Scales(slot_dtypes(able), device)
     for name in able:
         linears[name].fp8 = Fp8Linear(table, name, backend)
-    _report(able, {name: reason for name, reason in reasons.items() if reason}, how_it_is_rounded(backend, device))
+    _report(able, {name: reason for name, reason in reasons.items() if reason}, device)
     return table
 
 
@@ -57,8 +54,9 @@ def refresh_fp8_weights(model: nn.Module) -> None:
     refresh_weights([linear.fp8.weight for linear in linears], [linear.weight for linear in linears])
 
 
-def _report(able: list[str], others: dict[str, str], how: str) -> None:
-    logger.info("fp8: %d linears train in eight bits%s", len(able), how)
+def _report(able: list[str], others: dict[str, str], device: torch.device) -> None:
+    slow = "" if device.type == "cuda" else f", by torch's arithmetic, which is slow: {device.type} has no such products"
+    logger.info("fp8: %d linears train in eight bits%s", len(able), slow)
     if others:
         logger.warning("fp8: these stay in half precision: %s", _in_one_line(others))
 

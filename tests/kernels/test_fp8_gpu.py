@@ -1,7 +1,4 @@
-"""Eight bits on a GPU: its own rounding against torch's, its products against the truth, no word to the host.
-
-Kernels are asked for by name: what `auto` takes is for `fp8_choice` to say, and follows from what is seen here.
-"""
+"""Eight bits on a GPU: its own rounding against torch's, its products against the truth, no word to the host."""
 
 import pytest
 import torch
