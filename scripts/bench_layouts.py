@@ -4,7 +4,8 @@
         --layouts data=1 data=2 tensor=2 pipeline=2 pipeline=2,compiled --against ddp ddp,compiled pipeline,compiled
 
 A layout is sizes and switches, joined by commas: `data`, `tensor`, `pipeline`, `zero` (the ZeRO stage), `sequence`,
-`compiled`, `graphs` (CUDA graphs of the layers; `graphs=0`: none), `micro` (another micro-batch). The first one is what
+`compiled`, `graphs` (CUDA graphs of the layers; `graphs=0`: none), `micro` (another micro-batch), `samples` (another
+global batch: one that grows with the devices tells what a device loses by having company). The first one is what
 the others' losses are compared with. All start from the same weights and see the same samples. Peers
 (`layout_peers.py`) run on as many devices as the largest layout.
 """
@@ -29,7 +30,7 @@ from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import load_recipe
 
 PEERS = Path(__file__).with_name("layout_peers.py")
-SIZES = ("data", "tensor", "pipeline", "zero", "micro")
+SIZES = ("data", "tensor", "pipeline", "zero", "micro", "samples")
 SWITCHES = ("sequence", "compiled", "graphs", "ddp")
 PEER_FIELDS = (
     "vocab_size",
@@ -58,6 +59,10 @@ def world_of(layout: dict[str, int]) -> int:
     return layout.get("data", 1) * layout.get("tensor", 1) * layout.get("pipeline", 1)
 
 
+def samples_of(layout: dict[str, int], options: argparse.Namespace) -> int:
+    return layout.get("samples", options.global_batch)
+
+
 def overrides_of(layout: dict[str, int], options: argparse.Namespace, folder: Path) -> list[str]:
     return [
         f"parallel.tensor={layout.get('tensor', 1)}",
@@ -67,7 +72,7 @@ def overrides_of(layout: dict[str, int], options: argparse.Namespace, folder: Pa
         f"train.torch_compile={str(bool(layout.get('compiled'))).lower()}",
         f"train.cuda_graphs={str(bool(layout['graphs'])).lower() if 'graphs' in layout else 'auto'}",
         f"train.per_device_train_batch_size={layout.get('micro', options.micro_batch)}",
-        f"train.global_batch_size={options.global_batch}",
+        f"train.global_batch_size={samples_of(layout, options)}",
         f"train.max_steps={options.steps}",
         f"train.output_dir={folder / 'out'}",
         "train.save_schedule=none",
@@ -113,8 +118,8 @@ def work(options: argparse.Namespace) -> None:
     trainer.loader.close()
 
 
-def launch(world: int, command: list[str], result: Path) -> dict[str, Any]:
-    """Run one variant; what it measured, or why there is nothing."""
+def launch(world: int, command: list[str], result: Path, samples: int) -> dict[str, Any]:
+    """Run one variant of `samples` a step; what it measured, or nothing where it failed."""
     result.unlink(missing_ok=True)
     begin = time.perf_counter()
     launcher = [sys.executable]
@@ -130,7 +135,7 @@ def launch(world: int, command: list[str], result: Path) -> dict[str, Any]:
     if done.returncode or not result.exists():
         print(done.stdout[-1500:], done.stderr[-3500:], flush=True)
         return {}
-    return json.loads(result.read_text())
+    return {**json.loads(result.read_text()), "samples": samples}
 
 
 def run_ours(text: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def run_ours(text: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     result = folder / "result.json"
     settings = [f"--set={override}" for override in overrides_of(layout, options, folder)]
     command = [__file__, "--config", *options.config, *settings, "--worker", str(result)]
-    return launch(world_of(layout), command, result)
+    return launch(world_of(layout), command, result, samples_of(layout, options))
 
 
 def run_peer(text: str, options: argparse.Namespace, world: int, folder: Path) -> dict[str, Any]:
@@ -156,22 +161,21 @@ def run_peer(text: str, options: argparse.Namespace, world: int, folder: Path) -
         "compiled": bool(layout.get("compiled")),
     }
     result = folder / "result.json"
-    return launch(world, [str(PEERS), kind, str(result), json.dumps(job)], result)
+    return launch(world, [str(PEERS), kind, str(result), json.dumps(job)], result, options.global_batch)
 
 
-def rate_of(figures: dict[str, Any], tokens: int, options: argparse.Namespace) -> float:
+def rate_of(figures: dict[str, Any], options: argparse.Namespace) -> float:
     """Tokens/s of the median step."""
-    return tokens / statistics.median(figures["seconds"][options.warmup :])
+    return figures["samples"] * options.seq_length / statistics.median(figures["seconds"][options.warmup :])
 
 
-def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Namespace, tokens: int) -> None:
-    """The table. tokens: of one step."""
+def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Namespace) -> None:
+    """The table."""
     runs = {**ours, **peers}
-    rates = {name: rate_of(figures, tokens, options) for name, figures in runs.items() if figures}
+    rates = {name: rate_of(figures, options) for name, figures in runs.items() if figures}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"\n{device}, torch {torch.__version__}; {tokens:,} tokens a step, medians of {options.steps - options.warmup}"
-    )
+    tokens, steps = options.global_batch * options.seq_length, options.steps - options.warmup
+    print(f"\n{device}, torch {torch.__version__}; {tokens:,} tokens a step, medians of {steps}")
     columns = ["layout", "tokens/s", *(f"/ {name}" for name in peers), *MEMORY, "loss differs by", "norm differs by"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     first = next((figures for figures in ours.values() if figures), {})
@@ -180,7 +184,8 @@ def report(ours: dict[str, dict], peers: dict[str, dict], options: argparse.Name
             print(f"| {name} | failed |")
             continue
         ratios = [f"{rates[name] / rates[peer]:.3f}" if peer in rates else "-" for peer in peers]
-        drift = [f"{difference(figures, first, key):.1e}" if key in figures else "-" for key in ("loss", "grad_norm")]
+        comparable = "loss" in figures and figures["samples"] == first["samples"]
+        drift = [f"{difference(figures, first, key):.1e}" if comparable else "-" for key in ("loss", "grad_norm")]
         memory = [f"{figures[key]:.1f}" for key in MEMORY.values()]
         print("| " + " | ".join([name, f"{rates[name]:,.0f}", *ratios, *memory, *drift]) + " |")
     for name, figures in ours.items():
@@ -215,13 +220,13 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Run everything; what is known is printed and written after each run, for a run that is cut short."""
     world = max(world_of(parse_layout(text)) for text in options.layouts)
-    tokens = options.global_batch * load_recipe(options.config, None, options.set).data.seq_length
+    options.seq_length = load_recipe(options.config, None, options.set).data.seq_length
     ours: dict[str, dict] = {}
     peers: dict[str, dict] = {}
 
     def note(name: str, figures: dict[str, Any]) -> None:
         if figures:
-            print(f"  {name}: {rate_of(figures, tokens, options):,.0f} tokens/s", flush=True)
+            print(f"  {name}: {rate_of(figures, options):,.0f} tokens/s", flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps({"ours": ours, "peers": peers}, indent=1))
 
@@ -234,7 +239,7 @@ def measure(options: argparse.Namespace) -> None:
             print(f"peer: {text}", flush=True)
             peers[f"peer {text}"] = run_peer(text, options, world, Path(folder))
             note(text, peers[f"peer {text}"])
-    report(ours, peers, options, tokens)
+    report(ours, peers, options)
 
 
 if __name__ == "__main__":
