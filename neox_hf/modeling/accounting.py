@@ -38,8 +38,13 @@ def flops_per_token(config: GPTNeoXConfig, seq_length: int) -> float:
     counted full, not causal (PaLM, arXiv 2204.02311, appendix B). Recomputation never counts.
     """
     head = config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
-    return float(6 * (matrix_parameters(config) + head) + attention)
+    return config.num_hidden_layers * layer_flops_per_token(config, seq_length) + 6.0 * head
+
+
+def layer_flops_per_token(config: GPTNeoXConfig, seq_length: int) -> float:
+    """One layer's part of `flops_per_token`."""
+    matrices = matrix_parameters(config) / config.num_hidden_layers
+    return 6 * matrices + 12.0 * config.hidden_size * seq_length
 
 
 def rank_parameters(

@@ -55,8 +55,8 @@ def refresh_fp8_weights(model: nn.Module) -> None:
 
 
 def _report(able: list[str], others: dict[str, str], device: torch.device) -> None:
-    slow = "" if device.type == "cuda" else f", by torch's arithmetic, which is slow: {device.type} has no such products"
-    logger.info("fp8: %d linears train in eight bits%s", len(able), slow)
+    slow = f", by torch's arithmetic, which is slow: {device.type} has no such products"
+    logger.info("fp8: %d linears train in eight bits%s", len(able), "" if device.type == "cuda" else slow)
     if others:
         logger.warning("fp8: these stay in half precision: %s", _in_one_line(others))
 

@@ -23,6 +23,9 @@ from neox_hf.modeling.bare import is_watched
 PATIENCE = 2
 """Passes of a shape that run as they are before one is captured: kernels are compiled and libraries started in them."""
 
+MOST_SHAPES = 4
+"""Shapes that have graphs, each with memory of its own. Batches of many lengths run the others as they are."""
+
 CAPTURE = {"capture_error_mode": "thread_local"}
 """Other threads go on: the one that watches NCCL asks for events all the time."""
 
@@ -35,12 +38,12 @@ class LayerGraphs:
 
     Whoever makes it vouches that the layers draw no random numbers, and that their weights stay where they are.
 
-    ready: whether a graph may hold the coming pass, asked before each; None is always.
+    takes: whether a graph is to hold the coming pass of these hidden states, asked before each; None is always.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], ready: Callable[[], bool] | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], takes: Callable[[Tensor], bool] | None = None) -> None:
         self.layers = layers
-        self._ready = ready
+        self._takes = takes
         self._seen: Counter[Shape] = Counter()
         self._idle: dict[Shape, list[_CapturedPass]] = {}
         self._parameters: list[nn.Parameter] = []
@@ -58,7 +61,8 @@ class LayerGraphs:
             return False
         shape = (hidden.shape, hidden.dtype)
         self._seen[shape] += 1
-        return self._seen[shape] > PATIENCE and (self._ready is None or self._ready())
+        has_room = shape in self._idle or len(self._idle) < MOST_SHAPES
+        return self._seen[shape] > PATIENCE and has_room and (self._takes is None or self._takes(hidden))
 
     def __call__(self, run: Run, hidden: Tensor) -> Tensor:
         """`run(hidden)` for one and the same function `run` of hidden states, with the gradients it has."""

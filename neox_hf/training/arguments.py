@@ -21,7 +21,7 @@ class NeoXTrainingArguments(TrainingArguments):
     activation_checkpointing: what the backward pass computes again: `none`, `full` blocks, or, `selective`, what is
         cheap to compute and large to keep. `true` and `false` are transformers' words for `full` and `none`.
     cuda_graphs: run the layers as CUDA graphs, one launch for all of them each way, for devices that are faster than
-        the host asks for kernels. `auto`: where a tensor group shares the layers.
+        the host asks for kernels. `auto`: where a tensor group shares the layers, and for small micro-batches.
     lr_decay_style: GPT-NeoX schedule; when set it replaces `lr_scheduler_type`.
     lr_warmup_fraction: warm-up, as a fraction of `lr_decay_steps`. min_lr: floor of the schedule.
     lr_decay_steps: steps over which the rate decays; `max_steps` when unset.

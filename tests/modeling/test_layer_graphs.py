@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
-from neox_hf.modeling.layer_graphs import PATIENCE, LayerGraphs
+from neox_hf.modeling.layer_graphs import MOST_SHAPES, PATIENCE, LayerGraphs
 from neox_hf.modeling.recompute import recompute_selectively
 
 STEPS = 4
@@ -79,9 +79,17 @@ def test_a_gradient_that_is_watched_is_autograd_s(graphs, hidden):
 
 def test_graphs_wait_until_what_they_read_is_settled(model, hidden):
     settled = []
-    graphs = LayerGraphs(model.gpt_neox.layers, ready=lambda: bool(settled))
+    graphs = LayerGraphs(model.gpt_neox.layers, lambda _: bool(settled))
     assert not any(graphs.take(graphs.layers, hidden) for _ in range(PATIENCE + 2))
     settled.append(True)
+    assert graphs.take(graphs.layers, hidden)
+
+
+def test_so_many_shapes_have_graphs_and_no_more(graphs, hidden):
+    graphs._idle.update({(torch.Size([length]), torch.float32): [] for length in range(MOST_SHAPES)})
+    assert not graphs.take(graphs.layers, hidden)
+    graphs._idle.popitem()
+    graphs._idle[hidden.shape, hidden.dtype] = []
     assert graphs.take(graphs.layers, hidden)
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_hf.modeling.layer_graphs import PATIENCE
+from neox_hf.modeling.presets import preset_config
 from neox_hf.modeling.settings import ModelSettings
 from neox_hf.parallel.settings import ParallelSettings
-from neox_hf.training.graphs import graph_layers, graph_problems
+from neox_hf.training.graphs import graph_layers, graph_problems, waits_for_host
 from tests.modeling.small import SMALL
 
 SETTINGS = {"cuda_graphs": True, "precision": "bf16", "torch_compile": False, "activation_checkpointing": None}
@@ -96,12 +98,42 @@ def test_another_model_knows_of_no_graphs():
         graph_layers(torch.nn.Linear(1, 1), section(device=CUDA), ALONE)
 
 
+def taken(model, samples: int) -> bool:
+    """Whether a pass over so many samples of 32 tokens would run as a graph, once it has come often enough."""
+    hidden = torch.empty(1, 1, model.config.hidden_size, requires_grad=True).expand(samples, 32, -1)
+    graphs = model.train().gpt_neox.graphs
+    return [graphs.take(graphs.layers, hidden) for _ in range(PATIENCE + 1)][-1]
+
+
 def test_auto_is_for_layers_that_ranks_share(model):
-    args = section(cuda_graphs="auto", device=CUDA)
-    graph_layers(model, args, ALONE)
-    assert model.gpt_neox.graphs is None
-    graph_layers(model, args, SHARED)
+    graph_layers(model, section(cuda_graphs="auto", device=CUDA), SHARED)
     assert model.gpt_neox.graphs.layers is model.gpt_neox.layers
+    assert taken(model, 10**9)
+
+
+def test_auto_is_for_passes_that_would_wait_for_the_host(model):
+    graph_layers(model, section(cuda_graphs="auto", device=CUDA), ALONE)
+    assert taken(model, 1)
+    assert not taken(model, 10**9)
+    graph_layers(model, section(cuda_graphs=True, device=CUDA), ALONE)
+    assert taken(model, 10**9)
+
+
+def test_whoever_is_not_ready_waits(model):
+    graph_layers(model, section(device=CUDA), ALONE, ready=lambda: False)
+    assert not taken(model, 1)
+
+
+@pytest.mark.parametrize(("samples", "size", "small"), [(8, "pythia-160m", True), (32, "pythia-160m", False)])
+def test_what_waits_for_the_host(samples, size, small):
+    config = preset_config(size)
+    assert waits_for_host(config, torch.empty(samples, 2048, config.hidden_size, device="meta")) is small
+
+
+@pytest.mark.parametrize("given", [{"cuda_graphs": False}, {"cuda_graphs": "auto", "precision": "fp8"}])
+def test_who_gets_none(model, given):
+    graph_layers(model, section(device=CUDA, **given), SHARED)
+    assert model.gpt_neox.graphs is None
 
 
 def test_some_layers_are_captured(model):
