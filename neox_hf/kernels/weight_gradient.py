@@ -48,7 +48,7 @@ class SumInGrad:
         if fresh:
             weight.grad = self.place_for(weight)
         add(weight.grad, not fresh)
-        _call_hooks(weight)
+        call_hooks(weight)
 
     def total(self, weight: nn.Parameter) -> Tensor:
         if weight.grad is None:
@@ -66,7 +66,8 @@ class SumInGrad:
         return torch.empty_like(weight, dtype=weight.grad_dtype or weight.dtype, requires_grad=False)
 
 
-def _call_hooks(weight: nn.Parameter) -> None:
+def call_hooks(weight: nn.Parameter) -> None:
+    """Tell those who wait for the gradient of `weight` that it is there, as autograd does."""
     for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
         hook(weight)
 

@@ -5,7 +5,8 @@ asked, as with small models or layers that ranks share, it waits. A graph holds 
 
 What a graph holds are addresses. So a captured pass has memory of its own for all that lies between its forward and its
 backward pass, what goes in is copied to where it reads, and gradients of parameters are added, inside the graph, where
-each parameter's `GradientSum` has them. Passes that are under way at once, as in a pipeline, are captured one each.
+each parameter's `GradientSum` has them; who waits for them is told when the backward pass is through. Passes that are
+under way at once, as in a pipeline, are captured one each.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_hf.kernels.once_differentiable import once_differentiable
-from neox_hf.kernels.weight_gradient import AddInto, GradientSum, sum_in, sum_of
+from neox_hf.kernels.weight_gradient import AddInto, GradientSum, add_product_, call_hooks, sum_in, sum_of
 from neox_hf.modeling.bare import is_watched
 
 PATIENCE = 2
@@ -82,7 +83,7 @@ class LayerGraphs:
     def _capture(self, run: Run, hidden: Tensor) -> "_CapturedPass":
         self._find_sums()
         self.resume()
-        with _stand_ins(self.layers) as stand_ins:
+        with _stand_ins(self.layers, self._totals) as stand_ins:
             return _CapturedPass(run, hidden, stand_ins, self._totals)
 
     def _find_sums(self) -> None:
@@ -103,6 +104,8 @@ class LayerGraphs:
     def done(self, captured: "_CapturedPass") -> None:
         """Its backward pass is through; the next forward pass of its shape may have it."""
         self._idle[captured.hidden.shape, captured.hidden.dtype].append(captured)
+        for parameter in reversed(self._parameters):
+            call_hooks(parameter)
 
 
 class _CapturedPass:
@@ -123,17 +126,18 @@ class _CapturedPass:
 
 
 @contextmanager
-def _stand_ins(layers: Sequence[nn.Module]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in the same memory in place of the layers' own, of those that are trained in their order.
+def _stand_ins(layers: Sequence[nn.Module], totals: Sequence[Tensor]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in the same memory in place of the layers' own, of those that are trained in their order, which is
+    that of `totals`, where their gradients are added.
 
     autograd remembers on which stream a parameter was used first, and has its gradient made there: no part of a graph.
     """
-    own, stand_ins = [], []
+    own, stand_ins, into = [], [], iter(totals)
     for module in (module for layer in layers for module in layer.modules()):
         own.append((module, dict(module._parameters)))
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
-                module._parameters[name] = _stand_in_for(parameter)
+                module._parameters[name] = _stand_in_for(parameter, next(into))
                 stand_ins.append(module._parameters[name])
     try:
         yield stand_ins
@@ -142,24 +146,24 @@ def _stand_ins(layers: Sequence[nn.Module]) -> Iterator[list[nn.Parameter]]:
             module._parameters.update(parameters)
 
 
-def _stand_in_for(parameter: nn.Parameter) -> nn.Parameter:
+def _stand_in_for(parameter: nn.Parameter, total: Tensor) -> nn.Parameter:
     stand_in = nn.Parameter(parameter.detach())
     stand_in.grad_dtype = parameter.grad_dtype
-    sum_in(stand_in, _SumFor(parameter))
+    sum_in(stand_in, _AddTo(total))
     return stand_in
 
 
-class _SumFor:
-    """Sums the gradients of a stand-in where those of `parameter` are summed."""
+class _AddTo:
+    """Adds the gradients of a stand-in to `total`. Nobody is told: that is for each replay to do."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter, self._sum = parameter, sum_of(parameter)
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
 
     def add_product(self, stand_in: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        self._sum.add_product(self._parameter, gradient, x)
+        add_product_(self._total, gradient, x)
 
     def add_by(self, stand_in: nn.Parameter, add: AddInto) -> None:
-        self._sum.add_by(self._parameter, add)
+        add(self._total, True)
 
 
 def _add(totals: list[Tensor], gradients: list[Tensor | None]) -> None:

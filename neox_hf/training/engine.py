@@ -109,10 +109,13 @@ class NativeEngine(OptimizerBoxes):
         if alone and not args.numeric.autocast and args.device.type != "cpu":
             for parameter in self.trainer.model.parameters():
                 sum_in(parameter, SumInGrad())
-        replicas = None if alone else "replicas exchange gradients while the layers run"
+        ours = alone or isinstance(self.trainer.model_wrapped, DataParallel)
+        reason = None if ours else "torch's replicas exchange gradients while the layers run"
         fp8 = self.trainer.fp8
         ready = None if fp8 is None else lambda: fp8.scales.capturable
-        graph_layers(self.trainer.model, args, self.topology, ready=ready, reason=replicas)
+        # No GPU has run graphs in eight bits, or with replicas, for long: whoever wants them there asks for them.
+        unasked = alone and fp8 is None
+        graph_layers(self.trainer.model, args, self.topology, ready=ready, reason=reason, unasked=unasked)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)

@@ -36,10 +36,12 @@ def graph_layers(
     layers: Sequence[nn.Module] | None = None,
     ready: Callable[[], bool] | None = None,
     reason: str | None = None,
+    unasked: bool = True,
 ) -> None:
     """Have the base model run `layers` (None: all of its own) as graphs, if the run is to and can.
 
     ready: whether a graph may hold the coming pass; None is always. reason: what the engine knows to be against it.
+    unasked: whether `auto` may have graphs.
 
     Raises:
         ValueError: `cuda_graphs` is on, and this run cannot.
@@ -47,8 +49,7 @@ def graph_layers(
     reason = _reason_in_run(model, args) or reason
     if args.cuda_graphs is True and reason:
         raise ValueError(f"train.cuda_graphs = true, but {reason}; set it to auto or false")
-    # In eight bits whoever wants graphs asks for them.
-    if reason or args.cuda_graphs is False or (args.cuda_graphs == "auto" and args.precision == "fp8"):
+    if reason or args.cuda_graphs is False or (args.cuda_graphs == "auto" and not unasked):
         return
     all_passes = args.cuda_graphs is True or topology.tensor > 1
 

@@ -1,13 +1,16 @@
 """Layers as CUDA graphs: the same numbers to the last bit, and only where graphs may stand in for the layers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
+from neox_hf.modeling import layer_graphs
 from neox_hf.modeling.layer_graphs import MOST_SHAPES, PATIENCE, LayerGraphs
 from neox_hf.modeling.recompute import recompute_selectively
+from tests.modeling.replayed_passes import ComputedPass
 
 STEPS = 4
 PASSES = 2
@@ -121,6 +124,24 @@ def test_sums_are_taken_up_where_they_were(model):
     assert not SumInGrad().resume(weight, total)
     assert weight.grad is total
     assert bool((total == 1).all())
+
+
+def test_who_waits_for_a_gradient_is_told_once_it_is_there(model, tokens, monkeypatch):
+    layers = model.gpt_neox.layers
+    monkeypatch.setattr(layer_graphs, "_CapturedPass", partial(ComputedPass, layers))
+    model.gpt_neox.graphs = LayerGraphs(layers)
+    told = []
+    for module in (layers[0].mlp.dense_h_to_4h, layers[1].input_layernorm):
+        module.weight.register_post_accumulate_grad_hook(lambda weight: told.append(weight.grad.clone()))
+    ids = tokens(length=8)
+    for _ in range(PATIENCE + 2):
+        told.clear()
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert len(told) == 2
+        assert torch.equal(told[0], layers[1].input_layernorm.weight.grad)
+        assert torch.equal(told[1], layers[0].mlp.dense_h_to_4h.weight.grad)
+    assert model.gpt_neox.graphs._idle
 
 
 def figures(model, ids, in_flight, graphs):

@@ -130,10 +130,15 @@ def test_what_waits_for_the_host(samples, size, small):
     assert waits_for_host(config, torch.empty(samples, 2048, config.hidden_size, device="meta")) is small
 
 
-@pytest.mark.parametrize("given", [{"cuda_graphs": False}, {"cuda_graphs": "auto", "precision": "fp8"}])
-def test_who_gets_none(model, given):
-    graph_layers(model, section(device=CUDA, **given), SHARED)
+@pytest.mark.parametrize(("setting", "unasked"), [(False, True), ("auto", False)])
+def test_who_gets_none(model, setting, unasked):
+    graph_layers(model, section(device=CUDA, cuda_graphs=setting), SHARED, unasked=unasked)
     assert model.gpt_neox.graphs is None
+
+
+def test_who_asks_has_graphs(model):
+    graph_layers(model, section(device=CUDA), ALONE, unasked=False)
+    assert model.gpt_neox.graphs is not None
 
 
 def test_some_layers_are_captured(model):
