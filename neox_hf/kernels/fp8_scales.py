@@ -4,8 +4,9 @@
 
 The scale must be known when the kernel that makes the values writes them, so it comes from earlier steps ("delayed
 scaling"); one more reading of the tensor, which a scale of its own values would take, is a third of a cast's time.
-Powers of two make scaling exact and cost no accuracy, floats being as accurate at one power as at another. A step's
-magnitudes may exceed the past's 2 to 4 times (margin 1) before they are clamped; the next step knows of them.
+Powers of two make scaling exact and cost no accuracy, floats being as accurate at one power as at another. So there is
+room for steps unlike those before (`MARGINS`): magnitudes may exceed the past's 2^margin to 2^(margin + 1) times before
+they are clamped; the next step knows of them.
 
 In the step that first uses a slot, nothing is known: there, each tensor is read twice, and scaled by its own values.
 
@@ -21,16 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_hf.kernels.fp8_format import largest
+from neox_hf.kernels.fp8_format import E4M3, E5M2, largest
 
 ALIGNED = 4
 """Elements of fp32 from one inverse to the next: cuBLASLt refuses those that do not lie at a multiple of 16 bytes."""
+
+MARGINS = {E4M3: 2, E5M2: 6}
+"""Powers of two left above the past's magnitudes. Batches differ in their gradients by far more than in activations:
+one of odd text had Pythia-1.4B's at 16 times the usual, and clamped they led elsewhere. What room takes from the lower
+end of e5m2 nobody misses: numbers down to 2^-23 of the past's largest keep all their bits, in e4m3 down to 2^-12."""
 
 LARGEST_EXPONENT = 100
 """Scales stay within 2^-100 and 2^100, whose inverses are floats too."""
 
 
-def scale_for(magnitude: Tensor, limit: Tensor | float, margin: int = 0) -> Tensor:
+def scale_for(magnitude: Tensor, limit: Tensor | float, margin: Tensor | int = 0) -> Tensor:
     """The power of two that brings `magnitude` to at most limit / 2^margin; 1 for zero and what is not finite."""
     known = magnitude.isfinite() & (magnitude > 0)
     ratio = limit / torch.where(known, magnitude, 1.0)
@@ -70,20 +76,25 @@ class ScaleSlot:
 
 
 class Fp8Scales:
-    """The table. dtypes: the eight-bit format of each slot, by name.
+    """The table. dtypes: the eight-bit format of each slot, by name. margins: by format.
 
     Who owns it calls `advance` after each optimizer step, with what takes the maximum over all ranks that hold the same
     layers: then their scales agree, and any rank's `state_dict` is everyone's.
     """
 
     def __init__(
-        self, dtypes: Mapping[str, torch.dtype], device: torch.device | str, *, history: int = 16, margin: int = 1
+        self,
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device | str,
+        *,
+        history: int = 16,
+        margins: Mapping[torch.dtype, int] = MARGINS,
     ) -> None:
         self.epoch = 0
-        self.margin = margin
         self.plans: dict[Any, Any] = {}  # what launches over many slots remember
         count = len(dtypes)
         self.limits = torch.tensor([largest(dtype) for dtype in dtypes.values()], dtype=torch.float32, device=device)
+        self.margins = torch.tensor([margins[dtype] for dtype in dtypes.values()], dtype=torch.int32, device=device)
         self.history = torch.zeros(history, count, device=device)
         self.scale = torch.ones(count, device=device)
         self.inverse = torch.ones(count, ALIGNED, device=device)[:, 0]
@@ -120,7 +131,7 @@ class Fp8Scales:
 
     def _make_scales(self) -> None:
         most = self.history.amax(0)
-        scale = scale_for(most, self.limits, self.margin)
+        scale = scale_for(most, self.limits, self.margins)
         # A tensor of zeros says nothing.
         self.scale.copy_(torch.where(most > 0, scale, self.scale))
         self.inverse.copy_(1.0 / self.scale)

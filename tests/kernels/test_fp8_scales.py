@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox_hf.kernels.fp8_cast import fp8_cast
-from neox_hf.kernels.fp8_format import E4M3, E5M2
+from neox_hf.kernels.fp8_format import E4M3, E5M2, mantissa
 from neox_hf.kernels.fp8_product import reason_against_device
 from neox_hf.kernels.fp8_scales import Fp8Scales, scale_for
 from tests.kernels.fp8_cases import a_table
@@ -36,7 +36,7 @@ def test_extremes_have_scales_with_inverses(magnitude):
 
 
 def test_the_largest_of_the_history_counts_until_it_is_forgotten():
-    table = Fp8Scales({"x": E4M3}, "cpu", history=3, margin=0)
+    table = Fp8Scales({"x": E4M3}, "cpu", history=3, margins={E4M3: 0})
     seen = []
     for value in (1.0, 8.0, 1.0, 1.0, 1.0):
         fp8_cast(torch.full((16, 16), value), table.slots["x"])
@@ -81,7 +81,7 @@ def test_a_slot_first_used_later_has_its_own_first_step():
 
 
 def test_ranks_agree_on_the_largest():
-    table = Fp8Scales({"x": E4M3, "y": E4M3}, "cpu", margin=0)
+    table = Fp8Scales({"x": E4M3, "y": E4M3}, "cpu", margins={E4M3: 0})
     fp8_cast(torch.ones(16, 16), table.slots["x"])
     table.advance(lambda amax: amax.copy_(torch.maximum(amax, torch.tensor([4.0, 2.0]))))
     assert table.scale.tolist() == [64, 128]
@@ -94,6 +94,21 @@ def test_a_step_that_grows_is_clamped_and_learned():
     assert first.dequantised().max() == 448 / float(table.slots["x"].scale)
     table.advance()
     assert fp8_cast(x, table.slots["x"])[0].dequantised().unique().tolist() == [96.0]  # 100, in steps of 8, to even
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(E4M3, 4), (E5M2, 64)])
+def test_a_step_unlike_those_before_has_room(dtype, times):
+    """Gradients of one odd batch that were clamped to what was usual sent a training run elsewhere."""
+    table = a_table("cpu", known=1.0, x=dtype)
+    x = torch.linspace(-times, times, 256).view(16, 16)
+    found = fp8_cast(x, table.slots["x"])[0].dequantised()
+    assert ((found - x).abs() <= x.abs() * 2.0 ** -(mantissa(dtype) + 1)).all()
+
+
+def test_what_room_takes_from_small_numbers_nobody_misses():
+    table = a_table("cpu", known=1.0, x=E5M2)
+    x = torch.full((16, 16), 2.0**-23)
+    assert torch.equal(fp8_cast(x, table.slots["x"])[0].dequantised(), x)
 
 
 def test_state_survives_under_other_names_and_orders():
