@@ -113,11 +113,11 @@ def main() -> None:
             stock, precision = name.startswith(STOCK), name.removeprefix(STOCK)
             recipe = load_recipe(options.config, overrides=overrides(options, precision, Path(folder) / name))
             curves[name], held_out[name] = losses(recipe, stock)
+            if options.json:  # after each run, for a comparison that is cut short
+                options.json.write_text(json.dumps({"losses": curves, "held out": held_out}))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     report(curves, held_out, options.window)
-    if options.json:
-        options.json.write_text(json.dumps({"losses": curves, "held out": held_out}))
 
 
 if __name__ == "__main__":
