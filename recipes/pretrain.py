@@ -7,6 +7,7 @@ python recipes/pretrain.py --config recipes/neox_20b.yaml --dry-run
 
 import sys
 
+from neox_hf.planning import plan_report
 from neox_hf.training.command_line import exit_on_user_error, parse_command_line
 from neox_hf.training.console import launched_rank, log_to_stderr
 from neox_hf.training.dry_run import dry_run_report
@@ -21,6 +22,7 @@ def main() -> int:
     recipe = load_recipe(command.paths, command.directory, command.overrides)
     if command.dry_run:
         print(dry_run_report(recipe))
+        print(plan_report(recipe))
         return 0
     return pretrain(recipe)
 

@@ -1,0 +1,96 @@
+"""The planner beside what was measured on H200s: memory within 10 %, tokens/s within 12 %.
+
+Sources: docs/measurements (step_h200, main_job_h200, layouts_h200_x2) and runs of `scripts/bench_layouts.py` of
+2026-11-22 to 27. One model, micro-batch and number of micro-batches a line; 2048 tokens a sample.
+
+Known to be further off than the lines here: 6.9B in bf16 without recomputation, which did not fit into 139.8 GiB and
+comes to 120.8 at one micro-batch a step (145.7 at more): the allocator does not find room for all that has room.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from neox_hf.planning import DEVICES, Plan, plan
+from neox_hf.training.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MEMORY_WITHIN, SPEED_WITHIN = 0.10, 0.12
+
+
+def planned(model: str, micro_batch: int, accumulation: int, world_size: int, *overrides: str) -> Plan:
+    settings = [
+        f"train.per_device_train_batch_size={micro_batch}",
+        f"train.gradient_accumulation_steps={accumulation}",
+        "train.global_batch_size=null",
+        "train.eval_strategy=no",
+        *(text if text.startswith("parallel.") else f"train.{text}" for text in overrides),
+    ]
+    recipe = load_recipe([f"pythia_{model}.yaml"], str(RECIPES), settings)
+    return plan(recipe, world_size, DEVICES["H200"])
+
+
+PURE, MASTERS, FP8 = "precision=pure_bf16", "precision=bf16", "precision=fp8"
+SELECTIVE, TENSOR, PIPELINE = "activation_checkpointing=selective", "parallel.tensor=2", "parallel.pipeline=2"
+
+# GiB allocated at the peak of the fullest rank. tensor=2: 14.1 allocated and 6.5 that CUDA graphs' pools hold.
+PEAKS = [
+    (42.0, "1.4b", 8, 1, 1, MASTERS),
+    (31.4, "1.4b", 8, 1, 1, PURE),
+    (22.5, "1.4b", 8, 1, 1, PURE, SELECTIVE),
+    (37.9, "1.4b", 8, 1, 1, FP8),
+    (35.9, "1.4b", 4, 16, 1, MASTERS),
+    (35.9, "1.4b", 4, 8, 2, MASTERS),
+    (25.2, "1.4b", 4, 16, 2, MASTERS, PIPELINE),
+    (14.1 + 6.5, "1.4b", 4, 16, 2, MASTERS, TENSOR),
+    (18.7, "160m", 32, 1, 1, PURE),
+    (20.5, "160m", 32, 4, 1, MASTERS),
+    (25.6, "410m", 16, 1, 1, PURE),
+    (69.8, "6.9b", 4, 1, 1, PURE),
+    (57.8, "6.9b", 4, 1, 1, PURE, SELECTIVE),
+]
+
+# The least and the most tokens/s of several runs.
+RATES = [
+    (65_500, 68_200, "1.4b", 8, 1, 1, PURE),
+    (63_900, 66_000, "1.4b", 8, 1, 1, MASTERS),
+    (66_500, 66_500, "1.4b", 4, 16, 1, MASTERS),
+    (131_100, 131_100, "1.4b", 4, 8, 2, MASTERS),
+    (109_700, 109_700, "1.4b", 4, 16, 2, MASTERS, TENSOR),
+    (121_300, 121_300, "1.4b", 4, 16, 2, MASTERS, PIPELINE),
+    (520_000, 551_000, "160m", 32, 1, 1, PURE),
+    (194_000, 194_000, "410m", 16, 1, 1, PURE),
+    (14_100, 14_100, "6.9b", 4, 1, 1, PURE),
+    (13_300, 13_300, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
+    (26_750, 26_750, "6.9b", 4, 16, 2, MASTERS, TENSOR),
+    (89_300, 89_300, "1.4b", 8, 1, 1, FP8),
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize("line", PEAKS, ids=str)
+def test_peak_memory(line):
+    measured, *job = line
+    assert planned(*job).fullest.peak == pytest.approx(measured, rel=MEMORY_WITHIN)
+
+
+@pytest.mark.parametrize("line", RATES, ids=str)
+def test_tokens_per_second(line):
+    least, most, *job = line
+    rate = planned(*job).step.tokens_per_second
+    assert least * (1 - SPEED_WITHIN) < rate < most * (1 + SPEED_WITHIN)
+
+
+def test_what_fits_one_device_and_what_does_not():
+    """Measured: 6.9B in bf16 runs with `selective` (between 116 and 139 GiB), and without it it does not."""
+    runs, does_not = planned("6.9b", 4, 2, 1, MASTERS, SELECTIVE), planned("6.9b", 4, 2, 1, MASTERS)
+    assert runs.fits
+    assert 116 < runs.fullest.peak < 139
+    assert not does_not.fits
+    at_one = planned("6.9b", 4, 1, 1, MASTERS)  # the planner's known error: it says tight, not impossible
+    assert at_one.fits
+    assert "that is tight" in str(at_one)
