@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # `make test COVERAGE=1`, as continuous integration has it: the tests fail too if they leave much out.
 MEASURED := $(if $(COVERAGE),--cov --cov-report=term:skip-covered --cov-fail-under=90)
 
-.PHONY: install demo test test-slow test-gpu check style coverage bench bench-cpu clean
+.PHONY: install demo test test-slow test-gpu check style coverage bench bench-cpu tune clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ style: install
 
 bench: install ## on a machine with a CUDA device; docs/measurements/README.md
 	$(BIN)/python -m scripts.bench
+
+CONFIG ?= recipes/pythia_1.4b.yaml
+tune: install ## on a machine with a CUDA device; docs/kernels.md, "Launches"
+	$(BIN)/python -m neox_hf.tune --config $(CONFIG)
 
 bench-cpu: install
 	$(BIN)/python scripts/bench_trainer.py --config recipes/demo.yaml --against bare

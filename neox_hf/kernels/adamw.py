@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.launch_choice import LaunchChoice
 from neox_hf.kernels.tensor_list import ELEMENT_TYPES, LARGEST_CHUNK, TensorTables, find_chunk, is_aligned
 
 BLOCK = 1024
@@ -28,6 +29,28 @@ WARPS = 4
 BYTES_THAT_FILL_A_PROGRAM = 24
 """Read and written for one element, from which on a program has one block and no loop: on an H200 the step with fp32
 masters, 30 bytes, takes 10.1 ms for 1.4e9 parameters so, 10.8 with 64 blocks, and a copy of as many bytes 10.0."""
+
+
+@dataclass(frozen=True)
+class StepLaunch:
+    """block: elements that a program steps at a time. warps: of it. chunk: elements of it in all, at most."""
+
+    block: int
+    warps: int
+    chunk: int
+
+
+def _step_launches(moved: int) -> tuple[StepLaunch, ...]:
+    """moved: bytes read and written for one element."""
+    blocks = ((BLOCK, WARPS), (512, 4), (2048, 4), (2048, 8), (BLOCK, 8))
+    alone = [StepLaunch(block, warps, chunk=block) for block, warps in blocks]
+    looping = [StepLaunch(block, warps, LARGEST_CHUNK) for block, warps in blocks]
+    if moved >= BYTES_THAT_FILL_A_PROGRAM:
+        return *alone, looping[0]
+    return *looping, alone[0]
+
+
+STEP = LaunchChoice("adamw", _step_launches)
 
 
 @dataclass(frozen=True)
@@ -236,7 +259,8 @@ def adamw_triton(
     copies = [g.contiguous() for g in tensors.gradients]
     columns = tensors.columns
     columns[1] = copies
-    table = tables.table(columns, _largest_chunk(columns))
+    launch = STEP.chosen(columns[0][0].device, columns[0][0].dtype, _bytes_moved(columns))
+    table = tables.table(columns, launch.chunk)
     skip = skip.view(torch.uint8) if skip is not None and skip.dtype == torch.bool else skip
     scalars = _begin_step(table.addresses, rates, skip)
     layout = table.layout
@@ -246,8 +270,8 @@ def adamw_triton(
             table.addresses, layout.owners, layout.first_chunks, layout.numels, scalars, factor, skip,
             1 - rates.beta1, float(rates.beta2), 1 - rates.beta2, float(rates.eps), *types[:4],
             HAS_MASTER=tensors.masters is not None, ZERO=zero_gradients, COLUMNS=len(columns), CHUNK=layout.chunk,
-            BLOCK=BLOCK, VECTOR=16 // max(column[0].itemsize for column in columns if column is not tensors.steps),
-            num_warps=WARPS,
+            VECTOR=16 // max(column[0].itemsize for column in columns if column is not tensors.steps),
+            BLOCK=launch.block, num_warps=launch.warps,
         )  # fmt: skip
     if zero_gradients:
         for gradient, copy in zip(tensors.gradients, copies, strict=True):
@@ -255,11 +279,10 @@ def adamw_triton(
                 gradient.zero_()
 
 
-def _largest_chunk(columns: list[list[Tensor]]) -> int:
-    """Elements of one program."""
+def _bytes_moved(columns: list[list[Tensor]]) -> int:
+    """Read and written for one element."""
     weights, gradients, *states = [column[0].itemsize for place, column in enumerate(columns) if place != 4]  # no steps
-    moved = (1 if len(states) > 2 else 2) * weights + gradients + 2 * sum(states)
-    return BLOCK if moved >= BYTES_THAT_FILL_A_PROGRAM else LARGEST_CHUNK
+    return (1 if len(states) > 2 else 2) * weights + gradients + 2 * sum(states)
 
 
 def _begin_step(addresses: Tensor, rates: AdamWRates, skip: Tensor | None) -> Tensor:

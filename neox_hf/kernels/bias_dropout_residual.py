@@ -13,19 +13,46 @@ pass makes them again and nothing of their size is kept. One draw of four words 
 Without dropout the backward pass hands dy on as it is.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neox_hf.kernels.column_sums import column_grid, column_sums, finish_column_sums
+from neox_hf.kernels.column_sums import (
+    WIDTHS,
+    SummingTiles,
+    block_width,
+    column_grid,
+    column_sums,
+    finish_column_sums,
+)
 from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.launch_choice import LaunchChoice, for_every_shape
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.registration import register, register_fake
+
+PAIR = 2
+"""Rows of a tile, since one draw serves two."""
+
+
+@dataclass(frozen=True)
+class BlockWidth:
+    """A launch with a program for each block of so many columns of a pair of rows."""
+
+    width: int
+
+
+def _narrower_blocks(columns: int) -> tuple[BlockWidth, ...]:
+    return tuple(BlockWidth(width) for width in WIDTHS if width <= block_width(columns))
+
+
+FORWARD = LaunchChoice("bias_dropout_residual_forward", _narrower_blocks)
+BACKWARD = LaunchChoice("dropout_backward", for_every_shape(*(SummingTiles(PAIR, warps) for warps in (16, 8, 32, 48))))
 
 
 def draw_dropout_seed(device: torch.device) -> Tensor:
@@ -156,7 +183,7 @@ def _forward(
         return y
     columns = x.shape[-1]
     rows = x.numel() // columns
-    grid = column_grid(rows, columns, 2)
+    grid = column_grid(rows, columns, PAIR, width=FORWARD.chosen(y.device, y.dtype, columns).width)
     _forward_kernel[grid.programs](
         *inputs,
         y,
@@ -198,7 +225,8 @@ def _dropout_backward(
     if columns == 0:
         return first, second, dy.new_empty(0 if sum_dtype is None else (2, 0), dtype=sum_dtype or dy.dtype)
     rows = dy.numel() // columns
-    grid = column_grid(rows, columns, 2, multiprocessors(dy.device))
+    launch = BACKWARD.chosen(dy.device, dy.dtype, columns)
+    grid = column_grid(rows, columns, launch.rows, multiprocessors(dy.device), launch.warps_in_flight)
     partial = None if sum_dtype is None else dy.new_empty(grid.slabs, 2 * columns, dtype=torch.float32)
     _backward_kernel[grid.programs](
         dy,

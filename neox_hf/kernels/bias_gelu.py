@@ -12,18 +12,20 @@ The kernels read and write every element once. What they keep for the backward p
 sums the bias's gradient while it writes x's, and can write y again for whoever did not keep it.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neox_hf.kernels.column_sums import column_grid, finish_column_sums
+from neox_hf.kernels.column_sums import SummingTiles, column_grid, finish_column_sums
 from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.late_tensor import LateTensor, late_tensors, mark
+from neox_hf.kernels.launch_choice import LaunchChoice, for_every_shape
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.registration import register, register_fake
 
@@ -36,6 +38,28 @@ and four take 3 % (forward) to 17 % (backward) longer."""
 
 WARPS_IN_FLIGHT = 32
 """Warps per multiprocessor where programs hold sums, whose two rows are half of what other sums have under way."""
+
+
+@dataclass(frozen=True)
+class TileRows:
+    """A launch with a program for each tile of so many rows."""
+
+    rows: int
+
+
+FORWARD = LaunchChoice("bias_gelu_forward", for_every_shape(*map(TileRows, (TILE_ROWS, 1, 4, 8))))
+BACKWARD = LaunchChoice("gelu_backward", for_every_shape(*map(TileRows, (TILE_ROWS, 1, 4))))
+BACKWARD_WITH_SUMS = LaunchChoice(
+    "bias_gelu_backward",
+    for_every_shape(
+        SummingTiles(TILE_ROWS, WARPS_IN_FLIGHT),
+        SummingTiles(1, 32),
+        SummingTiles(1, 48),
+        SummingTiles(2, 16),
+        SummingTiles(2, 48),
+        SummingTiles(4, 16),
+    ),
+)
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor | None, form: str, makes_again: bool = False) -> Tensor:
@@ -158,7 +182,8 @@ def _forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
         return y
     columns = x.shape[-1]
     rows = x.numel() // columns
-    grid = column_grid(rows, columns, TILE_ROWS)
+    tile_rows = FORWARD.chosen(x.device, x.dtype, columns).rows
+    grid = column_grid(rows, columns, tile_rows)
     _forward_kernel[grid.programs](
         x,
         bias if bias is None else bias.contiguous(),
@@ -167,7 +192,7 @@ def _forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
         columns,
         grid.blocks,
         ERF=form == "erf",
-        ROWS=TILE_ROWS,
+        ROWS=tile_rows,
         WIDTH=grid.width,
         num_warps=grid.warps,
     )
@@ -193,9 +218,13 @@ def bias_gelu_backward(
     if columns == 0:
         return dx, x.new_empty(0, dtype=sum_dtype or x.dtype), y
     rows = x.numel() // columns
-    # Persistent for the sums' sake alone: without them many small programs keep the memory busier.
-    persistent = None if sum_dtype is None else multiprocessors(x.device)
-    grid = column_grid(rows, columns, TILE_ROWS, persistent, WARPS_IN_FLIGHT)
+    if sum_dtype is None:
+        tile_rows = BACKWARD.chosen(x.device, x.dtype, columns).rows
+        grid = column_grid(rows, columns, tile_rows)
+    else:  # persistent for the sums' sake alone: without them many small programs keep the memory busier
+        launch = BACKWARD_WITH_SUMS.chosen(x.device, x.dtype, columns)
+        tile_rows = launch.rows
+        grid = column_grid(rows, columns, tile_rows, multiprocessors(x.device), launch.warps_in_flight)
     partial = None if sum_dtype is None else x.new_empty(grid.slabs, columns, dtype=torch.float32)
     _backward_kernel[grid.programs](
         x,
@@ -209,7 +238,7 @@ def bias_gelu_backward(
         grid.blocks,
         grid.slabs,
         ERF=form == "erf",
-        ROWS=TILE_ROWS,
+        ROWS=tile_rows,
         WIDTH=grid.width,
         num_warps=grid.warps,
     )

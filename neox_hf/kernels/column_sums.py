@@ -17,14 +17,39 @@ from torch import Tensor
 
 from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.launch_choice import LaunchChoice, for_every_shape
 from neox_hf.kernels.registration import register, register_fake
 
 WARP_COLUMNS = 256
 """Columns of a row that one warp reads at once: 8 a lane, 16 bytes of half precision."""
 
+WIDTHS = (4 * WARP_COLUMNS, 2 * WARP_COLUMNS, WARP_COLUMNS)
+"""Columns that a block may have."""
+
 WARPS_IN_FLIGHT = 16
 """Warps per multiprocessor of a persistent grid. With four rows of 16 bytes a lane under way each, that is 32 KB, what
 hides the latency of an H200's memory (4.3 TB/s times 0.7 us, over 132 multiprocessors, is 23 KB)."""
+
+
+@dataclass(frozen=True)
+class SummingTiles:
+    """A launch whose programs hold sums. rows: of a tile. warps_in_flight: per multiprocessor, which has no more."""
+
+    rows: int
+    warps_in_flight: int = WARPS_IN_FLIGHT
+
+
+COLUMN_SUMS = LaunchChoice(
+    "column_sums",
+    for_every_shape(
+        SummingTiles(8),
+        SummingTiles(4),
+        SummingTiles(4, 32),
+        SummingTiles(8, 32),
+        SummingTiles(16),
+        SummingTiles(16, 8),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +69,25 @@ class ColumnGrid:
         return (self.blocks * self.slabs,)
 
 
+def block_width(columns: int) -> int:
+    """The widest blocks that leave the fewest lanes idle."""
+    return min(WIDTHS, key=lambda width: -(-columns // width) * width)
+
+
 @functools.lru_cache(1024)
 def column_grid(
-    rows: int, columns: int, tile_rows: int, multiprocessors: int | None = None, warps_in_flight: int = WARPS_IN_FLIGHT
+    rows: int,
+    columns: int,
+    tile_rows: int,
+    multiprocessors: int | None = None,
+    warps_in_flight: int = WARPS_IN_FLIGHT,
+    width: int | None = None,
 ) -> ColumnGrid:
-    """The widest blocks that leave the fewest lanes idle.
+    """Blocks of `width` columns, or of `block_width`.
 
     Persistent where `multiprocessors` is given: no more programs than run at once. Otherwise one for every tile.
     """
-    width = min((4 * WARP_COLUMNS, 2 * WARP_COLUMNS, WARP_COLUMNS), key=lambda width: -(-columns // width) * width)
+    width = width or block_width(columns)
     warps, blocks = width // WARP_COLUMNS, -(-columns // width)
     slabs = -(-rows // tile_rows)
     if multiprocessors is not None:
@@ -107,11 +142,11 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     if columns == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
     x = x.contiguous()
-    rows, tile_rows = x.numel() // columns, 8
-    grid = column_grid(rows, columns, tile_rows, multiprocessors(x.device))
+    rows, launch = x.numel() // columns, COLUMN_SUMS.chosen(x.device, x.dtype, columns)
+    grid = column_grid(rows, columns, launch.rows, multiprocessors(x.device), launch.warps_in_flight)
     partial = torch.empty(grid.slabs, columns, dtype=torch.float32, device=x.device)
     _partial_sums_kernel[grid.programs](
-        x, partial, rows, columns, grid.blocks, grid.slabs, ROWS=tile_rows, WIDTH=grid.width, num_warps=grid.warps
+        x, partial, rows, columns, grid.blocks, grid.slabs, ROWS=launch.rows, WIDTH=grid.width, num_warps=grid.warps
     )
     return finish_column_sums(partial, dtype)
 

@@ -7,16 +7,29 @@ timing, so the same gradients give the same bits. Source: Pascanu et al., 2013, 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.launch_choice import LaunchChoice, for_every_shape
 from neox_hf.kernels.tensor_list import ELEMENT_TYPES, TensorTables, find_chunk, is_aligned
 
-BLOCK = 4096
-WARPS = 4
+
+@dataclass(frozen=True)
+class SumLaunch:
+    """block: elements that a program reads at a time, as often as it takes. warps: of it."""
+
+    block: int
+    warps: int
+
+
+SQUARE_SUM = LaunchChoice(
+    "gradient_norm",
+    for_every_shape(SumLaunch(4096, 4), SumLaunch(2048, 4), SumLaunch(2048, 8), SumLaunch(4096, 8), SumLaunch(8192, 8)),
+)
 
 
 def square_sum_reference(gradients: Sequence[Tensor], tables: TensorTables) -> Tensor:
@@ -48,6 +61,7 @@ def square_sum_triton(gradients: Sequence[Tensor], tables: TensorTables) -> Tens
     gradients = [g.contiguous() for g in gradients]
     table = tables.table([gradients])
     layout = table.layout
+    launch = SQUARE_SUM.chosen(gradients[0].device, gradients[0].dtype)
     sums = torch.empty(layout.chunks, dtype=torch.float32, device=gradients[0].device)
     if layout.chunks:
         _square_sum_kernel[(layout.chunks,)](
@@ -58,8 +72,8 @@ def square_sum_triton(gradients: Sequence[Tensor], tables: TensorTables) -> Tens
             sums,
             ELEMENT=ELEMENT_TYPES[gradients[0].dtype],
             CHUNK=layout.chunk,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
         )
     return sums.sum()
 

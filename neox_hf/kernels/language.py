@@ -25,8 +25,13 @@ class _Absent:
 if HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
+
+    LAUNCH_ERRORS: tuple[type[Exception], ...] = (TritonError, RuntimeError)
 else:
     triton = tl = _Absent()
+    LAUNCH_ERRORS = (RuntimeError,)
+"""What a kernel that cannot be compiled, or asks for more than a multiprocessor has, fails with."""
 
 
 def interprets() -> bool:

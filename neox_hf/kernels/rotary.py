@@ -13,7 +13,6 @@ Source: Su et al., 2021, arXiv 2104.09864; the halves, rather than adjacent pair
 weights').
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -29,18 +28,10 @@ from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import heads, whole
 from neox_hf.kernels.registration import register, register_fake
+from neox_hf.kernels.rotary_launches import ASSEMBLE, ASSEMBLE_WITH_SUMS, IN_PLACE, tile
 
 KEEPS_ROTATION = "keeps_rotation"
 """A policy of selective checkpointing that keeps `neox_hf::rotary_in_place` says so by this attribute."""
-
-PROGRAMS_WITH_SUMS = 2
-"""Programs for each multiprocessor where they hold sums, which few of them do best: what keeps the memory busy are the
-blocks that each has under way."""
-
-BYTES_UNDER_WAY = 8
-"""Of each element that such a program reads, in shared memory: four blocks of half precision are asked for at once, in
-72 KB. On an H200 0.117 ms instead of 0.251 with one (16 heads of 128, 16,384 tokens), 0.164 instead of 0.240 (12 heads
-of 64, 65,536 tokens)."""
 
 
 def rotary_reference(
@@ -163,15 +154,6 @@ def _assemble_kernel(
         tl.store(partial + place + 2 * SIZE, tl.sum(of_value, axis=0, keep_dims=True), mask=inside)
 
 
-@functools.cache
-def _tile(width: int, rows: int) -> tuple[int, int, int]:
-    """Tokens, rows of a token and columns in one program: about 2048 elements of each tensor it reads, in bf16 one
-    16-byte load for a thread of eight warps, two of four; whole rows, all of a token if they fit, then more tokens."""
-    columns = 1 << (width - 1).bit_length()
-    in_token = min(1 << (rows - 1).bit_length(), max(2048 // columns, 1))
-    return max(2048 // (columns * in_token), 1), in_token, columns
-
-
 def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int]:
     """cos and sin without gaps, and how many elements lie between two batches: 0 where they share the angles."""
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -187,7 +169,8 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
         return
     cos, sin, angles_of_batch = _angles(cos, sin)
     half, rows = cos.shape[-1], 2 * count
-    block_tokens, block_rows, block_half = _tile(half, rows)
+    launch = IN_PLACE.chosen(qkv.device, qkv.dtype, count, size, half)
+    block_tokens, block_rows, block_half = tile(half, rows, launch.elements)
     grid = (-(-batch * sequence // block_tokens), -(-rows // block_rows))
     _in_place_kernel[grid](
         qkv,
@@ -203,7 +186,7 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
         BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
         BLOCK_HALF=block_half,
-        num_warps=8,
+        num_warps=launch.warps,
     )
 
 
@@ -227,11 +210,16 @@ def rotary_assemble(
     # What a sum sends back is one element expanded over all.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     cos, sin, angles_of_batch = _angles(cos, sin)
-    block_tokens, block_heads, block_size = _tile(size, count)
+    shape = count, size, cos.shape[-1]
+    if sum_dtype is None:
+        launch = ASSEMBLE.chosen(query.device, query.dtype, *shape)
+    else:
+        launch = ASSEMBLE_WITH_SUMS.chosen(query.device, query.dtype, *shape, query.element_size())
+    block_tokens, block_heads, block_size = tile(size, count, launch.elements)
     programs, blocks = -(-batch * sequence // block_tokens), -(-count // block_heads)
     partial = None
     if sum_dtype is not None:
-        programs = min(programs, max(multiprocessors(query.device) * PROGRAMS_WITH_SUMS // blocks, 1))
+        programs = min(programs, max(multiprocessors(query.device) * launch.programs // blocks, 1))
         partial = query.new_empty(programs, count * 3 * size, dtype=torch.float32)
     _assemble_kernel[(programs, blocks)](
         query,
@@ -254,8 +242,8 @@ def rotary_assemble(
         BLOCK_TOKENS=block_tokens,
         BLOCK_HEADS=block_heads,
         BLOCK_SIZE=block_size,
-        UNDER_WAY=1 if partial is None else BYTES_UNDER_WAY // query.element_size(),
-        num_warps=4 if partial is None else 8,
+        UNDER_WAY=1 if partial is None else launch.under_way,
+        num_warps=launch.warps,
     )
     return out, query.new_empty(0) if partial is None else finish_column_sums(partial, sum_dtype)
 

@@ -1,11 +1,8 @@
 """The row-norm kernels as ops of torch: how they are launched, and their registration.
 
-What is computed: `row_norm_kernels`. x, first, second and all results but gradients of parameters are [..., H]; weights
-and biases [H], a scale norm's weight one number. What depends on shapes alone is worked out once for each.
+What is computed: `row_norm_kernels`; how it is dealt out to programs: `row_norm_launches`. x, first, second and all
+results but gradients of parameters are [..., H]; weights and biases [H], a scale norm's weight one number.
 """
-
-import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,77 +11,10 @@ from neox_hf.kernels.column_sums import finish_column_sums
 from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.row_norm_kernels import backward_rows, forward_rows, parameter_columns
-
-TILE_ELEMENTS = 2048
-"""Of the narrowest tile: 16 for each thread of four warps, two vectors of 16 bytes in half precision."""
-
-SUMS_BYTES = 2**16
-"""Partial gradients that a program keeps in registers, of which a multiprocessor has 2^18 bytes."""
-
-WARPS_WITH_TWO_SUMS, WARPS_WITH_FOUR_SUMS = 16, 12
-"""Warps whose registers a multiprocessor has: 120 a thread with one norm's partial gradients, 168 with two norms'."""
-
-WIDEST_WITH_SUMS = 8192
-"""Elements of the widest tile with 16 for each thread; more, with as many sums beside them, would leave registers."""
+from neox_hf.kernels.row_norm_launches import BACKWARD, FORWARD, TILE_ELEMENTS, BackwardPlan, Tile
 
 COLUMNS_AT_ONCE = 128
 """Columns of one program that sums up columns: 256 bytes of a row in half precision."""
-
-PIPELINE_BYTES = 200 * 2**10
-"""Shared memory of a multiprocessor for rows on their way, of 227 KiB."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program holds at a time: whole rows, padded to a power of two."""
-
-    rows: int
-    block: int
-
-    @classmethod
-    @functools.cache
-    def of(cls, width: int) -> "Tile":
-        block = 1 << (width - 1).bit_length()
-        return cls(max(TILE_ELEMENTS // block, 1), block)
-
-    @property
-    def elements(self) -> int:
-        return self.rows * self.block
-
-    @functools.cached_property
-    def warps(self) -> int:
-        """16 elements a thread, as far as 16 warps go; 32 warps where a row is wider than 16384."""
-        return 32 if self.elements > 16384 else min(self.elements // 512, 16)
-
-    def covering(self, rows: int) -> int:
-        """How many tiles there are in `rows`."""
-        return -(-rows // self.rows)
-
-
-@dataclass(frozen=True)
-class BackwardPlan:
-    """programs: how many run at once. stages: tiles on their way into a program.
-
-    in_registers: whether partial gradients of the parameters fit beside a tile; if not, another kernel reads again.
-    """
-
-    programs: int
-    stages: int
-    in_registers: bool
-
-    @classmethod
-    @functools.lru_cache(1024)
-    def of(
-        cls, width: int, rows: int, parameters: int, kind: str, element_bytes: int, processors: int
-    ) -> "BackwardPlan":
-        """parameters: those that want a gradient. element_bytes: of all that is read for one element of x.
-        processors: multiprocessors of the device."""
-        tile = Tile.of(width)
-        resident = max((WARPS_WITH_FOUR_SUMS if parameters > 2 else WARPS_WITH_TWO_SUMS) // tile.warps, 1)
-        stages = max(min(PIPELINE_BYTES // resident // (tile.elements * element_bytes), 3), 1)
-        fits = parameters * tile.elements * 4 <= SUMS_BYTES and tile.elements <= WIDEST_WITH_SUMS
-        programs = min(tile.covering(rows), processors * resident)
-        return cls(programs, stages, fits or kind == "scale")
 
 
 @register("row_norm_forward")
@@ -103,9 +33,11 @@ def row_norm_forward(
     """[total = x + first + second, if there is a first], y1, [y2, if there is a weight2]."""
     outputs = _forward_outputs(x, first, second, weight2)
     width = x.shape[-1]
-    tile, rows = Tile.of(width), x.numel() // width
+    rows = x.numel() // width
     if rows == 0:
         return outputs
+    tensors = len(outputs) + 1 + (first is not None) + (second is not None)
+    tile = FORWARD.chosen(x.device, x.dtype, width, tensors)
     forward_rows[(tile.covering(rows),)](
         x.contiguous(),
         _contiguous(first),
@@ -222,8 +154,10 @@ def _launch_backward(
     width, (parameters, numbers) = x.shape[-1], _parameters_shape(affines)
     rows, tile = x.numel() // width, Tile.of(width)
     element_bytes = sum([each.itemsize for each in reads if each is not None])
+    summed = parameters if wants_parameters else 0
+    launch = BACKWARD.chosen(x.device, x.dtype, width, summed, element_bytes)
     processors = multiprocessors(x.device)
-    plan = BackwardPlan.of(width, rows, parameters if wants_parameters else 0, kind, element_bytes, processors)
+    plan = BackwardPlan.of(width, rows, summed, kind, element_bytes, processors, launch.resident)
     sums = moments = None
     if wants_parameters and plan.in_registers:
         sums_dtype = torch.float64 if kind == "scale" else torch.float32
@@ -246,7 +180,7 @@ def _launch_backward(
         ROWS=tile.rows,
         BLOCK=tile.block,
         STAGES=plan.stages,
-        num_warps=tile.warps,
+        num_warps=launch.warps,
     )
     return sums if moments is None else _sum_columns(reads, affines, moments)
 

@@ -16,13 +16,14 @@ difference. M is where the powers are counted from, so that its own rounding can
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from neox_hf.kernels.devices import multiprocessors, on_device_of
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.launch_choice import LaunchChoice
 
 LOWEST = tl.constexpr(-3.0e38)
 """The maximum of no logit: finite, so that differences from it are numbers."""
@@ -63,6 +64,23 @@ def launch_for(columns: int, element_size: int) -> Launch:
     groups = min(1 << (max(-(-columns // vector), 1) - 1).bit_length(), most)
     warps = max(groups // 64, 1)
     return Launch(groups, vector, warps, min(cached, MOST_WARPS // warps))
+
+
+def _launches(columns: int, element_size: int) -> tuple[Launch, ...]:
+    """The default, then one load at a time instead of two, another number of rows at once, narrower and wider tiles."""
+    launch = launch_for(columns, element_size)
+    narrow, wide = replace(launch, groups=launch.groups // 2), replace(launch, groups=launch.groups * 2)
+    others = (
+        replace(launch, warps=launch.warps * 2),
+        replace(launch, programs=launch.programs + 1),
+        replace(launch, programs=launch.programs - 1),
+        replace(narrow, warps=launch.warps // 2, programs=launch.programs * 2),
+        replace(wide, warps=launch.warps * 2),
+    )
+    return launch, *(each for each in others if each.groups and 1 <= each.warps <= 32 and each.programs)
+
+
+FUSED = LaunchChoice("losses_and_gradient", _launches)
 
 
 @triton.jit
@@ -282,7 +300,7 @@ def losses_and_gradient_(
     rows, columns = _checked(logits, labels)
     if rows == 0:
         return
-    launch = launch or launch_for(columns, logits.element_size())
+    launch = launch or FUSED.chosen(logits.device, logits.dtype, columns, logits.element_size())
     with on_device_of(logits):
         _fused_kernel[(min(rows, multiprocessors(logits.device) * launch.programs),)](
             logits,

@@ -29,11 +29,21 @@ class Command:
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit, once on every rank."""
+class RecipeParser(argparse.ArgumentParser):
+    """Options that say which recipe; raises where argparse would print and exit, once on every rank."""
+
+    def __init__(self, usage: str) -> None:
+        super().__init__(usage=usage, allow_abbrev=False)
+        self.add_argument("--config", nargs="+", action="extend", required=True, help="YAML files; later ones win")
+        self.add_argument("-d", "--directory", help="folder that the files are relative to")
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}\nusage: {USAGE % {'prog': self.prog}}")
+        raise RecipeError(f"{message}\nusage: {self.usage % {'prog': self.prog}}")
+
+    def parse_with_overrides(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
+        """The options, and whatever looks like `section.key=value`, wherever it stands."""
+        options = self.parse_args([text for text in arguments if not is_override(text)])
+        return options, tuple(text for text in arguments if is_override(text))
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> Command:
@@ -42,13 +52,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Command:
     Raises:
         RecipeError: an unknown option, no file, or an argument that is neither.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    overrides = tuple(text for text in arguments if is_override(text))
-    parser = _Parser(usage=USAGE, allow_abbrev=False)
-    parser.add_argument("--config", nargs="+", action="extend", required=True, help="YAML files; later ones win")
-    parser.add_argument("-d", "--directory", help="folder that the files are relative to")
+    parser = RecipeParser(USAGE)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, print what it comes to, and stop")
-    options = parser.parse_args([text for text in arguments if not is_override(text)])
+    options, overrides = parser.parse_with_overrides(sys.argv[1:] if argv is None else argv)
     return Command(
         paths=tuple(options.config), directory=options.directory, overrides=overrides, dry_run=options.dry_run
     )

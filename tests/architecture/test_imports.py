@@ -17,6 +17,8 @@ ALLOWED = {
     "data": {"parallel", "config"},
     "checkpoint": {"data", "modeling", "parallel", "kernels", "config"},
     "training": {"checkpoint", "data", "modeling", "parallel", "kernels", "config"},
+    "planning": {"training", "modeling", "parallel", "kernels", "config"},
+    "tuning": {"training", "modeling", "kernels"},
 }
 FILES_THAT_MAY_IMPORT = {
     "deepspeed": {

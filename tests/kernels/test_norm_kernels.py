@@ -10,11 +10,12 @@ from neox_hf.kernels import (
     residual_dual_layer_norm,
     residual_layer_norm,
     rms_norm,
-    row_norm_ops,
+    row_norm_launches,
     scale_norm,
 )
 from neox_hf.kernels.gradient_dtype import gradient_dtype
-from neox_hf.kernels.row_norm_ops import BackwardPlan, Tile, row_norm_backward, row_norm_forward
+from neox_hf.kernels.row_norm_launches import BACKWARD, FORWARD, BackwardPlan, Tile
+from neox_hf.kernels.row_norm_ops import row_norm_backward, row_norm_forward
 from tests.kernels.norm_cases import EPS, NAMES, check, inputs_of, run
 
 SHAPE = (3, 3, 600)
@@ -61,7 +62,7 @@ def test_partial_rms_norm():
 
 @pytest.mark.parametrize("name", ["layer_norm", "residual_dual_layer_norm", "rms_norm"])
 def test_rows_too_wide_to_keep_sums_beside_them(name, monkeypatch):
-    monkeypatch.setattr(row_norm_ops, "WIDEST_WITH_SUMS", 0)
+    monkeypatch.setattr(row_norm_launches, "WIDEST_WITH_SUMS", 0)
     check(name, inputs_of(name, (19, 140), torch.float32, biased=name != "residual_dual_layer_norm"))
 
 
@@ -210,20 +211,19 @@ def test_meta(name):
 
 
 @pytest.mark.parametrize(
-    ("width", "tile", "warps"),
+    ("width", "tile"),
     [
-        (64, Tile(32, 64), 4),
-        (768, Tile(2, 1024), 4),
-        (2048, Tile(1, 2048), 4),
-        (4096, Tile(1, 4096), 8),
-        (6144, Tile(1, 8192), 16),
-        (16384, Tile(1, 16384), 16),
-        (20480, Tile(1, 32768), 32),
+        (64, Tile(32, 64, warps=4)),
+        (768, Tile(2, 1024, warps=4)),
+        (2048, Tile(1, 2048, warps=4)),
+        (4096, Tile(1, 4096, warps=8)),
+        (6144, Tile(1, 8192, warps=16)),
+        (16384, Tile(1, 16384, warps=16)),
+        (20480, Tile(1, 32768, warps=32)),
     ],
 )
-def test_tiles(width, tile, warps):
-    assert Tile.of(width) == tile
-    assert tile.warps == warps
+def test_tiles(width, tile):
+    assert Tile.of(width) == FORWARD.default(width, 2) == tile
 
 
 @pytest.mark.parametrize(
@@ -238,11 +238,14 @@ def test_tiles(width, tile, warps):
     ],
 )
 def test_backward_plans_of_an_h200(width, parameters, bytes_read, expected):
-    assert BackwardPlan.of(width, 16384, parameters, "layer", bytes_read, 132) == expected
+    launch = BACKWARD.default(width, parameters, bytes_read)
+    assert launch.warps == Tile.of(width).warps
+    plan = BackwardPlan.of(width, 16384, parameters, "layer", bytes_read, 132, launch.resident)
+    assert plan == expected
 
 
 def test_few_rows_take_few_programs():
-    assert BackwardPlan.of(768, 5, 2, "layer", 4, 132).programs == 3
+    assert BackwardPlan.of(768, 5, 2, "layer", 4, 132, 4).programs == 3
 
 
 def test_shapes_that_do_not_fit_are_refused():

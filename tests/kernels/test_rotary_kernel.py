@@ -6,9 +6,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from neox_hf.kernels import rotary
+from neox_hf.kernels import rotary, rotary_launches
 from neox_hf.kernels.qkv_gradient import hand_over, heads, interleaved
-from neox_hf.kernels.rotary import KEEPS_ROTATION, ROTARY, _tile
+from neox_hf.kernels.rotary import KEEPS_ROTATION, ROTARY
 from neox_hf.modeling.recompute import selective_contexts
 
 BATCH, SEQUENCE, COUNT, SIZE, ROTATED = 2, 3, 3, 32, 8
@@ -388,7 +388,7 @@ def test_nothing_to_rotate(shape):
     ],
 )
 def test_a_program_has_about_two_thousand_elements(width, rows, tile):
-    assert _tile(width, rows) == tile
+    assert rotary_launches.tile(width, rows) == tile
 
 
 def test_shapes_that_do_not_fit_are_named():

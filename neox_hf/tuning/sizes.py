@@ -1,0 +1,89 @@
+"""The shapes and dtypes that one rank of a recipe launches kernels with."""
+
+from dataclasses import dataclass
+
+import torch
+
+from neox_hf.errors import RecipeError
+from neox_hf.modeling.accounting import parameter_count
+from neox_hf.modeling.configuration import GPTNeoXConfig
+from neox_hf.modeling.mlp import GELU_FORMS
+from neox_hf.training.dry_run import known_config
+from neox_hf.training.first_model import released_config
+from neox_hf.training.precision import precision_here, precision_of
+from neox_hf.training.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """One rank's share of a layer, of the head and of the optimizer.
+
+    batch: samples of a micro-batch, of `sequence` tokens. inner: of the MLP. heads: of `head_size`, the first `rotary`
+    of which are rotated. vocabulary: columns of the logits; None where they are split over ranks.
+    form: of GELU; None for another activation. dropout: behind attention and MLP. attention_bias, parallel_residual:
+    as in the configuration.
+    stream: dtype of the residual stream and of the weights; product: of what matrix products give.
+    gradient: of the weights' gradients. master: whether fp32 masters are stepped. parameters: that this process steps
+    and clips by our kernels; 0 where DeepSpeed does.
+    """
+
+    batch: int
+    sequence: int
+    hidden: int
+    inner: int
+    heads: int
+    head_size: int
+    rotary: int
+    vocabulary: int | None
+    form: str | None
+    dropout: float
+    attention_bias: bool
+    parallel_residual: bool
+    stream: torch.dtype
+    product: torch.dtype
+    gradient: torch.dtype
+    master: bool
+    parameters: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Sizes":
+        """Those of `recipe` on this host's device.
+
+        Raises:
+            RecipeError: the recipe does not say how large its model is, or released weights cannot be read.
+        """
+        config, parallel = _config(recipe), recipe.parallel
+        precision = precision_of(precision_here(recipe.train.precision))
+        return cls(
+            batch=recipe.train.per_device_train_batch_size,
+            sequence=recipe.data.seq_length,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size // parallel.tensor,
+            heads=config.num_attention_heads // parallel.tensor,
+            head_size=config.head_size,
+            rotary=int(config.head_size * config.rotary_pct),
+            vocabulary=config.vocab_size if parallel.tensor == 1 else None,
+            form=GELU_FORMS.get(config.hidden_act),
+            dropout=config.hidden_dropout,
+            attention_bias=config.attention_bias,
+            parallel_residual=config.use_parallel_residual,
+            stream=precision.weights,
+            product=torch.bfloat16 if precision.autocast else precision.weights,
+            gradient=torch.float32 if precision.master else precision.weights,
+            master=precision.master,
+            parameters=0 if parallel.needs_deepspeed else parameter_count(config),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence
+
+
+def _config(recipe: Recipe) -> GPTNeoXConfig:
+    config = released_config(recipe.model) if recipe.model.pretrained is not None else known_config(recipe)
+    if config is None:
+        raise RecipeError(
+            f"the recipe does not say how many words the {recipe.tokenizer.kind} tokenizer has, and so not the shapes "
+            "to tune for; set model.vocab_size, or model.name to a released size"
+        )
+    return config
