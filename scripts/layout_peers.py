@@ -1,9 +1,10 @@
-"""What teams use today on several GPUs, on transformers' own GPT-NeoX: the peers of `bench_layouts.py`.
+"""What teams use today on several GPUs, on transformers' own GPT-NeoX: the peers of `bench_layouts.py` and `scale.py`.
 
     torchrun --nproc-per-node 2 scripts/layout_peers.py ddp result.json '{"model": {...}, "micro_batch": 4, ...}'
 
 `ddp`: transformers' class under torch's DistributedDataParallel, fp32 weights with bf16 autocast. `pipeline`:
 DeepSpeed's PipelineEngine, ZeRO-1, over transformers' blocks in bf16. Either may compile: the model, or its blocks.
+`zero`: DeepSpeed's engine at a ZeRO stage over transformers' class in bf16, fp32 masters, fp32 accumulation.
 """
 
 import contextlib
@@ -26,14 +27,17 @@ from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """model: fields of transformers' configuration. accumulation: micro-batches of a rank, or of a pipeline, a step."""
+    """model: fields of transformers' configuration. accumulation: micro-batches of a rank, or of a pipeline, a step.
+    stage: of ZeRO. recompute: transformers' gradient checkpointing. Both are of `zero` alone."""
 
     model: dict
     micro_batch: int
     accumulation: int
     seq_length: int
     steps: int
-    compiled: bool
+    compiled: bool = False
+    stage: int = 1
+    recompute: bool = False
 
 
 def device() -> torch.device:
@@ -116,16 +120,7 @@ def pipeline(job: Job) -> Callable[[], None]:
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True),
-        config={
-            "train_micro_batch_size_per_gpu": job.micro_batch,
-            "gradient_accumulation_steps": job.accumulation,
-            "zero_optimization": {"stage": 1},
-            "gradient_clipping": 1.0,
-            "bf16": {"enabled": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
+        config=deepspeed_config(job, stage=1),
     )
 
     def micro_batches():
@@ -137,12 +132,48 @@ def pipeline(job: Job) -> Callable[[], None]:
     return lambda: engine.train_batch(endless)
 
 
+def deepspeed_config(job: Job, stage: int) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": job.micro_batch,
+        "gradient_accumulation_steps": job.accumulation,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def zero(job: Job) -> Callable[[], None]:
+    import deepspeed
+
+    deepspeed.init_distributed()
+    config = deepspeed_config(job, job.stage)
+    whole = contextlib.nullcontext()
+    parts = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16) if job.stage == 3 else whole
+    with parts, device():
+        model = stock.GPTNeoXForCausalLM(GPTNeoXConfig(**job.model, use_cache=False))
+    if job.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def step() -> None:
+        for _ in range(job.accumulation):
+            tokens = random_tokens(job, job.seq_length)
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+
+    return step
+
+
 def main() -> None:
     name, result, description = sys.argv[1:]
     job = Job(**json.loads(description))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    step = {"ddp": ddp, "pipeline": pipeline}[name](job)
+    step = {"ddp": ddp, "pipeline": pipeline, "zero": zero}[name](job)
     seconds = []
     for _ in range(job.steps):
         begin = time.perf_counter()
