@@ -59,6 +59,7 @@ class Ours:
             precision=self.variant.precision,
             activation_checkpointing=recompute,
             torch_compile="compiled" in self.variant.switches,
+            cuda_graphs=True if "graphs" in self.variant.switches else "auto",
             max_steps=ENDLESS,
             per_device_train_batch_size=self.size.micro_batch,
             learning_rate=1e-4,

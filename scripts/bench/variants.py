@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from neox_hf.training.precision import PRECISIONS
 
-SWITCHES = ("selective", "full", "compiled", "torch")
-"""`selective`, `full`: what the backward pass computes again. `compiled`: `train.torch_compile`. `torch`: plain
-references instead of kernels."""
+SWITCHES = ("selective", "full", "compiled", "graphs", "torch")
+"""`selective`, `full`: what the backward pass computes again. `compiled`: `train.torch_compile`. `graphs`:
+`train.cuda_graphs`, which is `auto` without. `torch`: plain references instead of kernels."""
 
 FORMS = ("eager", "compile", "fixed", "tuned")
 PEER_PRECISIONS = ("amp", "bf16")

@@ -59,6 +59,8 @@ def test_ours_runs_what_its_name_says():
         arguments = turns_of(TINY, parse_variant(variant), CPU)._arguments("nowhere")
         assert (arguments.precision, arguments.recompute) == wanted
         assert (arguments.max_grad_norm, arguments.adam_beta2, arguments.weight_decay) == (1.0, 0.95, 0.1)
+        assert arguments.cuda_graphs == "auto"
+    assert turns_of(TINY, parse_variant("ours-bf16-graphs"), CPU)._arguments("nowhere").cuda_graphs is True
 
 
 @pytest.mark.parametrize("variant", ["eager-amp", "eager-bf16"])
