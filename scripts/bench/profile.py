@@ -2,8 +2,8 @@
 
     python -m scripts.bench.profile 1.4b ours-bf16 [--steps 30] [--kernels 40] [--out profile.txt]
 
-A profiled step begins on a device that has just paused, so it is some per cent quicker than the mean of the steps before
-it, which the first line has too: the card is limited by its power.
+A profiled step begins on a device that has just paused, so it is some per cent quicker than the mean of the steps
+before it, which the first line has too: the card is limited by its power.
 """
 
 import argparse
