@@ -68,8 +68,7 @@ def test_every_layout_with_every_option(layout, options, runs, singles):
     "layout",
     [
         "pp2",
-        "zero3",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("tp2-sp", "dp2", "zero1", "zero2", "pp2-tp2")),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("tp2-sp", "dp2", "zero1", "zero2", "zero3", "pp2-tp2")),
     ],
 )
 def test_bf16_stays_as_near_as_one_process_does(layout, runs, singles):
