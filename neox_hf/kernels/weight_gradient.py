@@ -36,6 +36,9 @@ class GradientSum(Protocol):
         """See that they are summed in `total`, which `total()` has given in an earlier step; true if what lies there is
         of no account and has to be zeroed."""
 
+    def tell(self, weight: nn.Parameter) -> None:
+        """Tell those who wait for the gradient of `weight` that it is there, after it was added to the total."""
+
 
 class SumInGrad:
     """Sums in `weight.grad`, of the dtype that `weight.grad_dtype` says, hooks called as autograd calls them."""
@@ -48,7 +51,7 @@ class SumInGrad:
         if fresh:
             weight.grad = self.place_for(weight)
         add(weight.grad, not fresh)
-        call_hooks(weight)
+        self.tell(weight)
 
     def total(self, weight: nn.Parameter) -> Tensor:
         if weight.grad is None:
@@ -61,15 +64,13 @@ class SumInGrad:
             total.copy_(before)
         return before is None
 
+    def tell(self, weight: nn.Parameter) -> None:
+        for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
+            hook(weight)
+
     def place_for(self, weight: nn.Parameter) -> Tensor:
         """Where the gradient comes to lie; what is there now does not count."""
         return torch.empty_like(weight, dtype=weight.grad_dtype or weight.dtype, requires_grad=False)
-
-
-def call_hooks(weight: nn.Parameter) -> None:
-    """Tell those who wait for the gradient of `weight` that it is there, as autograd does."""
-    for hook in tuple((weight._post_accumulate_grad_hooks or {}).values()):
-        hook(weight)
 
 
 AddProduct = Callable[[Tensor, Tensor], None]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_hf.kernels.once_differentiable import once_differentiable
-from neox_hf.kernels.weight_gradient import AddInto, GradientSum, add_product_, call_hooks, sum_in, sum_of
+from neox_hf.kernels.weight_gradient import AddInto, GradientSum, add_product_, sum_in, sum_of
 from neox_hf.modeling.bare import is_watched
 
 PATIENCE = 2
@@ -104,8 +104,8 @@ class LayerGraphs:
     def done(self, captured: "_CapturedPass") -> None:
         """Its backward pass is through; the next forward pass of its shape may have it."""
         self._idle[captured.hidden.shape, captured.hidden.dtype].append(captured)
-        for parameter in reversed(self._parameters):
-            call_hooks(parameter)
+        for parameter, where in zip(reversed(self._parameters), reversed(self._sums), strict=True):
+            where.tell(parameter)
 
 
 class _CapturedPass:

@@ -29,6 +29,9 @@ class SumInMasterGradient:
         self.total(weight)  # the optimizer keeps its sums where they are, and zeroes them
         return False
 
+    def tell(self, weight: nn.Parameter) -> None:
+        """Nobody: the optimizer's own hook is there for bf16 gradients, of which there is none."""
+
     def total(self, weight: nn.Parameter) -> Tensor:
         flat = self.optimizer.fp32_groups_gradients[self.group][self.index]
         # What the optimizer notes when a gradient reaches it in its own way.
