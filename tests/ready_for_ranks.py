@@ -1,8 +1,4 @@
-"""What a fork server does so that a rank starts at once: it imports, and fills caches, which its ranks inherit.
-
-DeepSpeed's extension for gloo is built here too: ranks that found it missing would all build it at once, and one that
-was killed meanwhile would leave its lock behind.
-"""
+"""What a fork server does so that a rank starts at once: it imports, and fills caches, which its ranks inherit."""
 
 import atexit
 import gc
@@ -19,9 +15,6 @@ from tests.gloo import COVERAGE_FILE
 
 if not torch.cuda.is_available():
     prepare_deepspeed_on_cpu()
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 # A run imports these on its way.
 for name in (

@@ -7,7 +7,6 @@ says behind the recipe's back.
 
 import json
 import os
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,15 +90,18 @@ def settle_environment(decided: Decisions, on_cuda: bool) -> None:
 
 
 def prepare_deepspeed_on_cpu() -> None:
-    """What DeepSpeed looks for in the environment of a host without CUDA, before it is imported.
-
-    It would warn of its guess of the device; and at its first use it compiles an extension for gloo with the ninja that
-    is installed beside this interpreter, which is on PATH only where the virtual environment has been activated.
-    """
+    """Name the device to DeepSpeed before it is imported: on a host without CUDA it would warn of its guess."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
-    if scripts not in path.split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join((path, scripts))
+
+
+def do_without_compiled_reduction() -> None:
+    """Keep DeepSpeed from compiling its all-reduce over shared memory when a CPU rank joins the process group.
+
+    Only its inference engine calls it, and a host's first run would wait most of a minute for a C++ compiler.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_one_process_was_meant(on_cuda: bool, needed: int) -> None:

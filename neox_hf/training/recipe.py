@@ -24,6 +24,7 @@ from neox_hf.training.graphs import graph_problems
 from neox_hf.training.launch_environment import (
     Decisions,
     check_one_process_was_meant,
+    do_without_compiled_reduction,
     launch_command,
     prepare_deepspeed_on_cpu,
     settle_environment,
@@ -152,6 +153,8 @@ class Recipe:
         if deepspeed is not None:
             self._tell_of_deepspeed()
             be_a_world_of_one(launched)
+            if not on_cuda:
+                do_without_compiled_reduction()
         try:
             # Without use_cpu HF takes a CPU host for a world of one and every rank trains alone in the same folder.
             arguments = NeoXTrainingArguments(**values, use_cpu=not on_cuda)

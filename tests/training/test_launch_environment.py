@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +16,7 @@ from neox_hf.errors import RecipeError, TopologyError
 from neox_hf.training import launch_environment as environment
 from neox_hf.training.launch_environment import WAY_OUT, Decisions, check_one_process_was_meant, settle_environment
 from neox_hf.training.recipe import Recipe, load_recipe
+from tests.gloo import run_ranks
 
 RECIPE = """
 model: pythia-14m
@@ -291,12 +290,19 @@ def test_it_is_refused_before_arguments_exist(recipe, monkeypatch):
     assert not built.arguments
 
 
-def test_what_is_installed_beside_the_interpreter_is_found(monkeypatch):
-    """DeepSpeed calls ninja by name; a virtual environment that was not activated has it off PATH."""
-    monkeypatch.setenv("PATH", "/nowhere")
+def test_a_chosen_device_of_deepspeed_stays(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "chosen")
     environment.prepare_deepspeed_on_cpu()
-    environment.prepare_deepspeed_on_cpu()
-    assert os.environ["PATH"] == os.pathsep.join(("/nowhere", sysconfig.get_path("scripts")))
-    assert shutil.which("ninja")
     assert os.environ["DS_ACCELERATOR"] == "chosen"
+
+
+def rank_with_deepspeed(rank: int) -> bool:
+    import deepspeed.comm
+
+    environment.do_without_compiled_reduction()
+    deepspeed.init_distributed("gloo")
+    return deepspeed.comm.comm.cdb.shm_comm_op is None
+
+
+def test_deepspeed_compiles_nothing_on_a_cpu():
+    assert run_ranks(rank_with_deepspeed, 1) == [True]

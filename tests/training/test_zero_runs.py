@@ -1,6 +1,7 @@
 """A run under ZeRO is as any other beside its steps, too: it stops, resumes, evaluates, meets what is not finite."""
 
 import json
+import re
 import signal
 from itertools import pairwise
 
@@ -39,7 +40,7 @@ def run(runs: Runs, name: str, *overrides: str, codes: int = 0, **options) -> No
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(runs, stage, precision):
-    name, how = f"stopped-{stage.strip('}')[-9:]}-{precision}", f"train.precision={precision}"
+    name, how = f"stopped-{re.sub('[^a-z0-9]+', '-', stage)}-{precision}", f"train.precision={precision}"
     stopped = {"prepare": signal_self, "number": signal.SIGTERM, "at_step": 3, "on_rank": 1}
     run(runs, f"{name}-whole", stage, how)
     run(runs, name, stage, how, codes=143, **stopped)
