@@ -1,6 +1,7 @@
 """Agreements between ranks that are not part of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -21,6 +22,20 @@ TRAVELLING = (
     RuntimeError,
 )
 """What an error becomes on its way to another rank: all are made from a message, which another kind may not be."""
+
+
+@contextmanager
+def end_of_gloo() -> Iterator[None]:
+    """Destroys the process group at its end, if it was made inside, runs over gloo, and no error has come.
+
+    gloo's threads let go of a message's tensors a little after it is done. Where the interpreter has ended meanwhile
+    they abort the process (pytorch/pytorch#179291), and a run that went well would exit with SIGABRT. NCCL's groups
+    have no such threads, and to destroy them waits for every CUDA graph with a message in it.
+    """
+    was_there = dist.is_initialized()
+    yield
+    if not was_there and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        dist.destroy_process_group()
 
 
 def from_first_rank(topology: Topology, compute: Callable[[], T]) -> T:

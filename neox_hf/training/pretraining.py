@@ -13,7 +13,7 @@ from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.data import TokenStream, build_tokenizer, evaluation_batches
 from neox_hf.data.bad_rows import without_copies
 from neox_hf.errors import CheckpointError, DataError, DivergenceError
-from neox_hf.parallel.collectives import first_rank_first, from_first_rank
+from neox_hf.parallel.collectives import end_of_gloo, first_rank_first, from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.first_model import first_model
@@ -36,9 +36,9 @@ def pretrain(recipe: Recipe) -> int:
         RecipeError, TopologyError, DataError, CheckpointError, DivergenceError: see `neox_hf.errors`.
     """
     disable_progress_bar()  # of writing shards; training's own is HF's callback
-    args = recipe.training_arguments()
-    topology = recipe.topology(args.world_size, args.process_index).connect()
-    with ExitStack() as held:
+    with end_of_gloo(), ExitStack() as held:
+        args = recipe.training_arguments()
+        topology = recipe.topology(args.world_size, args.process_index).connect()
         _take_output_dir(args, topology, held)
         trainer = build_trainer(recipe, args, topology)
         try:

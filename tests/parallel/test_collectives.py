@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from neox_hf.errors import CheckpointError, DataError
-from neox_hf.parallel.collectives import first_rank_first, from_first_rank, together
+from neox_hf.parallel.collectives import end_of_gloo, first_rank_first, from_first_rank, together
 from neox_hf.parallel.topology import Topology
 from tests.gloo import run_ranks
 
@@ -96,3 +98,25 @@ def test_all_ranks_fail_together_and_rank_0_speaks():
         [("Elaborate", torn, True), ("DataError", f"rank 0: Elaborate: {torn}", True)],
         [("DataError", f"rank 1: Elaborate: {torn}", True), ("Elaborate", torn, True)],
     ]
+
+
+def groups_at_the_end(rank: int) -> list[bool]:
+    with end_of_gloo():
+        pass
+    after = [dist.is_initialized()]
+    dist.destroy_process_group()
+    with suppress(DataError), end_of_gloo():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        raise DataError("met in a run")
+    after.append(dist.is_initialized())
+    dist.destroy_process_group()
+    with end_of_gloo():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    after.append(dist.is_initialized())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as it was found
+    return after
+
+
+def test_a_group_of_gloo_ends_with_the_run_that_made_it():
+    """One that was there before stays, and one of a run that has failed, whose peers may still be in a message."""
+    assert run_ranks(groups_at_the_end, 1) == [[True, True, False]]
