@@ -29,8 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[COVERAGE_FILE] = str(config.rootpath / ".coverage")
 
 
-LONG_FOLDERS = ["topologies", "faults", "recipes", "training", "checkpoint"]
-"""Whole runs, in files that take a minute."""
+LONG_FOLDERS = ["topologies", "recipes", "faults", "training", "checkpoint", "scripts"]
+"""Whole runs and benchmarks, in files that take up to a minute."""
 
 UNMEASURED_FOLDERS = {"parity", "scripts"}
 """Compilers and benchmarks, which measuring coverage makes twice as slow; they run what other tests cover."""

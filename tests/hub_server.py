@@ -7,6 +7,7 @@ branches live in memory. Faults are scripted per request: a status, a connection
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+TOKEN = "hf_" + "Loopback" * 5
 INITIAL_FILES = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
 LFS_SUFFIXES = (".safetensors", ".png")
 
@@ -69,6 +71,19 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
     hang: bool = False
+
+
+def use_hub(rank: int = 0, *, url: str, offline: bool = False) -> None:
+    """What HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE would have set, had they been there when the client was imported.
+
+    For a process of its own, as what `Runs.start` and `ForkedScript` prepare it with.
+    """
+    from huggingface_hub import constants
+
+    os.environ["HF_TOKEN"] = TOKEN
+    constants.ENDPOINT = url
+    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_OFFLINE = offline
 
 
 class HubServer:

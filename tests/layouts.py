@@ -28,15 +28,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 STEPS = 20
 LAYERS = 4
+"""As many as there are stages at most."""
+
+FEW_LAYERS = 2
+"""Half the messages between tensor ranks, which are what a curve takes its time for."""
+
 SAMPLES = 8
 """In a step, at any data size."""
 
 
-def train_curve(layout: dict[str, Any], runs: Runs, *overrides: str, name: str | None = None, **options: Any) -> Curve:
+def train_curve(
+    layout: dict[str, Any],
+    runs: Runs,
+    *overrides: str,
+    layers: int = LAYERS,
+    name: str | None = None,
+    **options: Any,
+) -> Curve:
     """The curve of a run with `layout`: `data` replicas (1 unless given) and fields of the `parallel:` section.
 
     overrides: of the recipe, such as `model.use_parallel_residual=false`. options: as for `Runs.start`.
     """
+    overrides = (f"model.num_hidden_layers={layers}", *overrides)
     name = name or "-".join(f"{key}{value}" for key, value in layout.items()) or "single"
     codes = runs.run(name, *recipe_of(layout), *overrides, world_size=world_size(layout), **options)
     assert set(codes) == {0}, "\n".join(runs.message(name, rank)[-3000:] for rank, code in enumerate(codes) if code)
@@ -57,7 +70,6 @@ def recipe_of(layout: dict[str, Any]) -> list[str]:
     parallel = {key: value for key, value in layout.items() if key != "data"}
     return [
         *(f"parallel.{key}={str(value).lower()}" for key, value in parallel.items()),
-        f"model.num_hidden_layers={LAYERS}",
         "model.hidden_dropout=0",
         f"train.max_steps={STEPS}",
         "train.learning_rate=1e-3",

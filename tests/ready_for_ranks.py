@@ -4,6 +4,7 @@ import atexit
 import gc
 import importlib
 import os
+import platform
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +22,14 @@ for name in (
     "neox_hf.training.pretraining",
     "neox_hf.training.pipeline_engine",
     "neox_hf.training.zero",
+    "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function, which takes the compiler
+    "deepspeed.utils.pin_memory",
     "matplotlib.pyplot",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
     "tests.checkpoint.dying_writer",
     *(["coverage", "coverage.sqldata"] if COVERAGE_FILE in os.environ else []),
 ):
@@ -32,12 +38,17 @@ for name in (
 
 def fill_caches() -> None:
     """Work that every run would do once and for all."""
+    import deepspeed.ops
     from accelerate.utils import imports
 
     from neox_hf.checkpoint.hub.loss_curve import plot_loss_curve
     from neox_hf.data.words import word_pattern
 
     word_pattern()
+    platform.processor()
+    if not torch.cuda.is_available():
+        # DeepSpeed finds out what it could compile, for which it imports setuptools and starts the compiler.
+        _ = deepspeed.ops.__compatible_ops__
     # Accelerate reads the metadata of DeepSpeed's package at each step.
     imports._is_package_available = cache(imports._is_package_available)
     with TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.forked import write_to
 from tests.gloo import fork_server, free_port, measured
 
 TIMEOUT_SECONDS = 200
@@ -136,10 +137,7 @@ def kill_self() -> None:
 
 
 def _run_rank(rank, world_size, port, recipe, overrides, prepare, given) -> None:
-    log = os.open(recipe.with_suffix(f".rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    write_to(recipe.with_suffix(f".rank{rank}.log"))
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

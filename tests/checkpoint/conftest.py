@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import neox_hf
 from neox_hf.checkpoint import Box, CheckpointWriter, write_rng
@@ -32,6 +34,11 @@ def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settin
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model.to(dtype)
+
+
+def small_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    vocabulary = {f"word{number}": number for number in range(SIZES["vocab_size"])}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="word0")))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,6 @@ does.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +11,10 @@ import torch
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM as StockForCausalLM
 
 from tests.gloo import fork_server
-from tests.hub_server import HubServer
+from tests.hub_server import TOKEN, HubServer, use_hub
 from tests.layouts import LAYOUTS, world_size
 from tests.runs import Runs, exit_codes
 
-TOKEN = "hf_" + "Loopback" * 5
 REPO = "tester/tiny"
 PUSH = ["hub.push=true", f"hub.repo_id={REPO}", "hub.timeout=5", "hub.attempts=2", "hub.retry_wait=0.02"]
 PUSH += ["train.max_steps=4"]
@@ -42,16 +40,6 @@ def runs(tmp_path_factory) -> Runs:
 def hub() -> Iterator[HubServer]:
     with HubServer(TOKEN) as server:
         yield server
-
-
-def use_hub(rank: int, url: str, offline: bool = False) -> None:
-    """What HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE would have set, had they been there when the client was imported."""
-    from huggingface_hub import constants
-
-    os.environ["HF_TOKEN"] = TOKEN
-    constants.ENDPOINT = url
-    constants.HF_HUB_DISABLE_XET = True
-    constants.HF_HUB_OFFLINE = offline
 
 
 def all_files(hub: HubServer) -> Iterator[tuple[str, bytes]]:
@@ -150,7 +138,7 @@ def push_later(url: str, folder: Path) -> None:
 
     from neox_hf.checkpoint.hub.push import main
 
-    use_hub(0, url)
+    use_hub(url=url)
     sys.exit(main([str(folder)]))
 
 
@@ -178,7 +166,7 @@ def stop_at(rank: int, url: str, at_step: int) -> None:
 
     from tests.faults.test_interruptions import signal_self
 
-    use_hub(rank, url)
+    use_hub(url=url)
     signal_self(rank, signal.SIGTERM, at_step=at_step, on_rank=0)
 
 
@@ -194,5 +182,5 @@ def test_a_diverged_run_tells_what_it_did_not_push(runs, hub):
 def diverge(rank: int, url: str) -> None:
     from tests.faults.test_exit_codes import spoil
 
-    use_hub(rank, url)
+    use_hub(url=url)
     spoil(rank, at_steps=[4])

@@ -13,7 +13,13 @@ from tests.kernels.fp8_cases import a_table, check_gelu
 @pytest.mark.parametrize("form", ["erf", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gelu(dtype, form, biased, known):
-    check_gelu("cpu", (133, 70), dtype, form, biased, known)
+    """More columns than a tile has, and not a whole number of its rows."""
+    check_gelu("cpu", (21, 70), dtype, form, biased, known)
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, "tanh"), (torch.bfloat16, "erf")])
+def test_gelu_of_more_rows_than_a_tile_has(dtype, form):
+    check_gelu("cpu", (133, 70), dtype, form, biased=True, known=8.0)
 
 
 @pytest.mark.parametrize("form", ["erf", "tanh"])

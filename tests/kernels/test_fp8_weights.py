@@ -12,13 +12,23 @@ from tests.kernels.fp8_cases import same_numbers
 SHAPES = [(16, 48), (144, 80), (32, 16)]
 
 
+def two_casts() -> tuple[Fp8Scales, list[Fp8Weight], list[torch.Tensor]]:
+    """Of small weights, with their table."""
+    table = a_table_of(2)
+    return table, casts_of(table), [torch.randn(shape) for shape in SHAPES[::2]]
+
+
+def a_table_of(count: int) -> Fp8Scales:
+    return Fp8Scales(slot_dtypes(map(str, range(count))), "cpu")
+
+
 def casts_of(table: Fp8Scales) -> list[Fp8Weight]:
-    return [Fp8Weight(table.slots[f"{name}.weight"], "triton") for name in range(len(SHAPES))]
+    return [Fp8Weight(slot, "triton") for name, slot in table.slots.items() if name.endswith(".weight")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_what_each_alone_would_be(dtype):
-    tables = [Fp8Scales(slot_dtypes(map(str, range(len(SHAPES)))), "cpu") for _ in range(2)]
+    tables = [a_table_of(len(SHAPES)) for _ in range(2)]
     together, alone = map(casts_of, tables)
     weights = [torch.randn(shape).to(dtype) for shape in SHAPES]
     for step in range(3):
@@ -38,8 +48,7 @@ def test_it_is_what_each_alone_would_be(dtype):
 
 
 def test_one_launch_for_all_that_is_known_and_one_plan_while_nothing_moves(monkeypatch):
-    table = Fp8Scales(slot_dtypes(map(str, range(len(SHAPES)))), "cpu")
-    casts, weights = casts_of(table), [torch.randn(shape) for shape in SHAPES]
+    table, casts, weights = two_casts()
     launches, plans = [], []
     launch, plan = fp8_weights._launch, fp8_weights._plan
     monkeypatch.setattr(fp8_weights, "_launch", lambda *given: (launches.append(given), launch(*given)))
@@ -55,8 +64,7 @@ def test_one_launch_for_all_that_is_known_and_one_plan_while_nothing_moves(monke
 
 
 def test_what_was_saved_for_a_backward_pass_has_changed():
-    table = Fp8Scales(slot_dtypes(map(str, range(len(SHAPES)))), "cpu")
-    casts, weights = casts_of(table), [torch.randn(shape) for shape in SHAPES]
+    table, casts, weights = two_casts()
     refresh_weights(casts, weights)
     table.advance()
     made = casts[0].of(weights[0])

@@ -70,12 +70,8 @@ def test_it_does_not_agree_with_others(config, other, recipe_file, monkeypatch, 
         agree(config, LAYOUTS[other], recipe_file, monkeypatch, tmp_path)
 
 
-ALL_BUT_ONE_SLOW = [
-    pytest.param(config, marks=[] if config == "zero2" else pytest.mark.slow, id=config) for config in LAYOUTS
-]
-
-
-@pytest.mark.parametrize("config", ALL_BUT_ONE_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LAYOUTS)
 def test_it_trains(config, recipe_file, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     script = ["--num_processes", "2", "recipes/pretrain.py", "--config", recipe_file, *LAYOUTS[config]]

@@ -1,12 +1,12 @@
 """What a command line asks for, and how a script ends on a user's mistake."""
 
-import subprocess
 import sys
 
 import pytest
 
 from neox_hf.errors import CheckpointError, DataError, DivergenceError, RecipeError, TopologyError
 from neox_hf.training.command_line import Command, exit_on_user_error, parse_command_line
+from tests.forked import ForkedScript
 
 
 def command(*paths, directory=None, overrides=(), dry_run=False):
@@ -107,7 +107,7 @@ def test_a_script_prints_no_traceback(tmp_path):
         "with exit_on_user_error():\n"
         "    parse_command_line()\n"
     )
-    ended = subprocess.run([sys.executable, script, "--confg", "a"], capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: the following arguments are required: --config\nusage: script.py --config")
-    assert "Traceback" not in ended.stderr
+    ended = ForkedScript(tmp_path / "log", script, "--confg", "a")
+    assert ended.end() == 2
+    assert ended.output.startswith("error: the following arguments are required: --config\nusage: script.py --config")
+    assert "Traceback" not in ended.output

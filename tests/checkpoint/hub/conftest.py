@@ -12,9 +12,8 @@ from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import save_file
 
 from neox_hf.checkpoint.settings import HubSettings
-from tests.hub_server import HubServer
+from tests.hub_server import TOKEN, HubServer
 
-TOKEN = "hf_" + "Loopback" * 5
 REPO = "tester/tiny"
 
 

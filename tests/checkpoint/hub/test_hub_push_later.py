@@ -1,11 +1,8 @@
 """`python -m neox_hf.checkpoint.hub.push`: what a run left behind goes up later."""
 
 import fcntl
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,10 +11,13 @@ import pytest
 from neox_hf.checkpoint.hub import HubPublisher
 from neox_hf.checkpoint.hub.push import main
 from neox_hf.checkpoint.settings import HubSettings
+from tests.forked import ForkedScript
 from tests.gloo import fork_server
+from tests.hub_server import use_hub
 from tests.runs import exit_codes, kill_self
 
 REPO = "tester/tiny"
+COMMAND = "neox_hf/checkpoint/hub/push.py"
 
 
 @pytest.fixture
@@ -101,9 +101,7 @@ def test_two_processes_do_not_push_at_once(hub, interrupted):
 
 def publish_and_die(url: str, folder: Path, output_dir: Path) -> None:
     """A run that is offline, and killed as soon as its checkpoint is queued and gone from its place."""
-    from huggingface_hub import constants
-
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, True
+    use_hub(url=url, offline=True)
     publisher = HubPublisher(HubSettings(repo_id=REPO), output_dir)
     publisher.publish_step(folder, 7)
     shutil.rmtree(folder)
@@ -118,14 +116,7 @@ def test_after_a_killed_run_the_command_pushes_from_another_process(hub, checkpo
     killed.start()
     assert exit_codes([killed]) == [-signal.SIGKILL]
     assert not folder.exists()
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.getcwd()}
-    pushed = subprocess.run(
-        [sys.executable, "-m", "neox_hf.checkpoint.hub.push", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.strip() == "pushed to the Hub: step7"
+    pushed = ForkedScript(tmp_path / "log", COMMAND, str(tmp_path), prepare=use_hub, url=hub.url)
+    assert pushed.end() == 0, pushed.output
+    assert pushed.output.strip() == "pushed to the Hub: step7"
     assert hub.files(REPO, "step7")["model.safetensors"] == weights
