@@ -23,6 +23,7 @@ import torch
 from peak_memory import peak_memory
 from transformers import TrainerCallback
 
+from neox_hf.parallel.collectives import end_of_gloo
 from neox_hf.training.launch_environment import prepare_deepspeed_on_cpu
 from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import Recipe, load_recipe
@@ -201,6 +202,7 @@ class SampleRecorder:
         return self._train(model, inputs, *given, **named)
 
 
+@end_of_gloo()
 def work(options: argparse.Namespace) -> None:
     """One rank."""
     recipe = load_recipe(options.config, None, options.set)
