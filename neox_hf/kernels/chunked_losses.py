@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neox_hf.kernels.product import product_, torch_product_
 from neox_hf.kernels.softmax_rows import losses_and_gradient_, losses_from_statistics, row_statistics, rows_gradient
 from neox_hf.kernels.vocabulary_share import (
     VocabularyShare,
@@ -90,11 +91,11 @@ def chunked_losses(
             continue
         logits_gradient(normalised, known, job.share, job.z_loss, out=logits)
         if job.wanted[0]:
-            gradient = _product_(torch.empty_like(tokens, dtype=precise), logits, weight)
+            gradient = torch_product_(torch.empty_like(tokens, dtype=precise), logits, weight)
             gradient = gradient if factor is None else gradient.mul_(factor)
             for_hidden[part] = gradient.masked_fill_(ignored[:, None], 0)
         if job.wanted[1]:
-            add_product_(for_weight, logits, tokens)
+            add_product_(for_weight, logits, tokens, backend="torch")
     if factor is not None and for_weight is not None:
         for_weight *= factor
     if into is not None and for_weight is not None:
@@ -113,10 +114,10 @@ def chunked_losses_kernel(
     for_weight = _sum_of_products(weight, into, tokens) if job.wanted[1] else None
     for part in _slices(tokens, job.chunk):
         known = labels[part]
-        logits = torch.mm(hidden[part], weight.t(), out=buffer[: known.shape[0], :rows])
+        logits = product_(buffer[: known.shape[0], :rows], hidden[part], weight.t())
         _losses_and_gradient_(buffer[: known.shape[0]], known, losses[part], factor, job)
         if job.wanted[0]:
-            _product_(for_hidden[part], logits, weight)
+            product_(for_hidden[part], logits, weight)
         if job.wanted[1]:
             add_product_(for_weight, logits, hidden[part], keep=into is not None or part.start > 0)
     return losses.sum(), for_hidden, for_weight
@@ -141,15 +142,6 @@ def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor
     if wanted:
         rows_gradient(logits, labels, highest, sums, logits, factor=factor, **place)
     return None
-
-
-def _product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out [C, H] = a [C, V] b [V, H], rounded to the dtype of `out` alone, which is at least as wide as theirs."""
-    if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if out.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def _empty_gradient(hidden: Tensor, factor: Tensor | None) -> Tensor:

@@ -4,16 +4,13 @@
      "launches": [{"op": "column_sums", "dtype": "bfloat16", "shape": [2048], "launch": {"rows": 4, ...},
                    "default_ms": 0.031, "ms": 0.028}, ...]}
 
-It lies in $NEOX_HF_CACHE, else ~/.cache/neox_hf, under `launches/`. Whatever is wrong with it, a run goes on by the
+It lies under `launches/` (`cache_file.py`). Whatever is wrong with it, a run goes on by the
 defaults, after one warning: kernels compute the same with any launch, up to the order of sums.
 """
 
 import functools
 import json
 import logging
-import os
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from neox_hf.kernels.cache_file import cache_path, replace_whole
 from neox_hf.kernels.language import triton
 
 logger = logging.getLogger(__name__)
@@ -61,8 +59,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def launch_path(device_name: str) -> Path:
     """The file of the device of that name, which may not exist."""
-    cache = os.environ.get("NEOX_HF_CACHE") or Path.home() / ".cache" / "neox_hf"
-    return Path(cache).expanduser() / "launches" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', device_name)}.json"
+    return cache_path("launches", device_name)
 
 
 @functools.cache
@@ -133,13 +130,4 @@ def write_entries(path: Path, device_name: str, entries: Sequence[TunedLaunch]) 
         "triton": triton.__version__,
         "launches": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.key)],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            json.dump(document, file, indent=1)
-            file.close()
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    replace_whole(path, document)

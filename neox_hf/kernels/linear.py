@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
 
 
@@ -22,31 +23,37 @@ class _SummingLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, add: AddProduct, late: LateTensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        add: AddProduct,
+        late: LateTensor | None,
+        backend: str,
     ) -> Tensor:
-        ctx.add, ctx.late = add, late
+        ctx.add, ctx.late, ctx.backend = add, late, backend
         ctx.save_for_backward(weight, None if late else x)
-        return F.linear(x, weight, bias)
+        return linear_product(x, weight, bias, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight, x), add = ctx.saved_tensors, ctx.add
         tokens = gradient.flatten(0, -2)
-        for_x = gradient @ weight
+        for_x = linear_product(gradient, weight.t(), backend=ctx.backend)
         if ctx.late is None:
             add(tokens, x.flatten(0, -2))
         else:
             ctx.late.when_there(lambda again: add(tokens, again.flatten(0, -2)))
-        return for_x, None, tokens.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        return for_x, None, tokens.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x weight^T + bias, as `F.linear`; a weight that carries a `GradientSum` has its gradient added there.
 
-    Of an x that is made again in the backward pass (`late_tensor.py`) nothing is kept then.
+    Of an x that is made again in the backward pass (`late_tensor.py`) nothing is kept then. backend: of `product_`.
     """
-    add = adder_of(weight)
+    add = adder_of(weight, backend)
     if add is None or not x.requires_grad:
         return F.linear(x, weight, bias)
-    return _SummingLinear.apply(x, weight.detach(), bias, add, late_form(x))
+    return _SummingLinear.apply(x, weight.detach(), bias, add, late_form(x), backend)

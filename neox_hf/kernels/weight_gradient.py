@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from neox_hf.kernels.product import product_
+
 ATTRIBUTE = "gradient_sum"
 
 AddInto = Callable[[Tensor, bool], None]
@@ -23,8 +25,8 @@ AddInto = Callable[[Tensor, bool], None]
 class GradientSum(Protocol):
     """Takes the products that are a weight's gradient."""
 
-    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        """Add gradient [T, out]^T x [T, in]."""
+    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, backend: str = "auto") -> None:
+        """Add gradient [T, out]^T x [T, in]. backend: of `product_`."""
 
     def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
         """Have `add` add a product that it knows the factors of."""
@@ -43,8 +45,8 @@ class GradientSum(Protocol):
 class SumInGrad:
     """Sums in `weight.grad`, of the dtype that `weight.grad_dtype` says, hooks called as autograd calls them."""
 
-    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        self.add_by(weight, lambda total, keep: add_product_(total, gradient, x, keep=keep))
+    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, backend: str = "auto") -> None:
+        self.add_by(weight, lambda total, keep: add_product_(total, gradient, x, keep=keep, backend=backend))
 
     def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
         fresh = weight.grad is None
@@ -82,15 +84,16 @@ def sum_of(weight: Tensor) -> GradientSum | None:
     return None if weight._backward_hooks else getattr(weight, ATTRIBUTE, None)
 
 
-def adder_of(weight: Tensor) -> AddProduct | None:
+def adder_of(weight: Tensor, backend: str = "auto") -> AddProduct | None:
     """What a linear's backward pass gives its products to, where it is to keep them from autograd; else None.
+    backend: of `product_`.
 
     Such a weight takes part in the linear detached: autograd would call its hooks for a gradient that is not there.
     """
     total = sum_of(weight)
     if total is None or not weight.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return partial(total.add_product, weight)
+    return partial(total.add_product, weight, backend=backend)
 
 
 def sum_in(weight: nn.Parameter, total: GradientSum) -> None:
@@ -98,15 +101,9 @@ def sum_in(weight: nn.Parameter, total: GradientSum) -> None:
     setattr(weight, ATTRIBUTE, total)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True) -> None:
+def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, backend: str = "auto") -> None:
     """total [V, H] += a^T b for a [C, V] and b [C, H], summed in the dtype of `total`, at least as wide as theirs.
 
-    keep: whether there is something in `total` yet.
+    keep: whether there is something in `total` yet. backend: of `product_`.
     """
-    beta = 1 if keep else 0
-    if total.dtype == a.dtype:
-        total.addmm_(a.t(), b, beta=beta)
-    elif total.is_cuda:
-        torch.addmm(total, a.t(), b, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
+    product_(total, a.t(), b, keep=keep, backend=backend)

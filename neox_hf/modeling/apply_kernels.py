@@ -163,7 +163,7 @@ def _change_linears(example: GPTNeoXLayer, *linears: nn.Module) -> None:
 
 
 def _choose(module: nn.Module, kernels: Backend, skip_logits: bool) -> None:
-    if isinstance(module, GPTNeoXLayer | GPTNeoXAttention | GPTNeoXLayerNorm | GELU):
+    if isinstance(module, GPTNeoXLayer | GPTNeoXAttention | GPTNeoXLayerNorm | GELU | Linear):
         module.kernels = kernels
     elif isinstance(module, GPTNeoXForCausalLM | stock_classes.GPTNeoXForCausalLM):
         module.choose_kernels(kernels)

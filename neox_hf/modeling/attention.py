@@ -38,8 +38,8 @@ class GPTNeoXAttention(nn.Module):
         self.region = region
         region.share(config.num_attention_heads, "num_attention_heads")
         hidden, bias = config.hidden_size, config.attention_bias
-        self.query_key_value = column_linear(hidden, 3 * hidden, region, bias=bias)
-        self.dense = output_layer(row_linear(hidden, hidden, region, bias=bias))
+        self.query_key_value = column_linear(hidden, 3 * hidden, region, bias=bias, kernels=config.kernels)
+        self.dense = output_layer(row_linear(hidden, hidden, region, bias=bias, kernels=config.kernels))
 
     def forward(
         self,

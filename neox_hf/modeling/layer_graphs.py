@@ -159,8 +159,8 @@ class _AddTo:
     def __init__(self, total: Tensor) -> None:
         self._total = total
 
-    def add_product(self, stand_in: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        add_product_(self._total, gradient, x)
+    def add_product(self, stand_in: nn.Parameter, gradient: Tensor, x: Tensor, backend: str = "auto") -> None:
+        add_product_(self._total, gradient, x, backend=backend)
 
     def add_by(self, stand_in: nn.Parameter, add: AddInto) -> None:
         add(self._total, True)

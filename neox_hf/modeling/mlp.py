@@ -20,8 +20,10 @@ class GPTNeoXMLP(nn.Module):
     def __init__(self, config: GPTNeoXConfig, region: TensorRegion = ALONE) -> None:
         super().__init__()
         region.share(config.intermediate_size, "intermediate_size")
-        self.dense_h_to_4h = column_linear(config.hidden_size, config.intermediate_size, region)
-        self.dense_4h_to_h = output_layer(row_linear(config.intermediate_size, config.hidden_size, region))
+        self.dense_h_to_4h = column_linear(config.hidden_size, config.intermediate_size, region, kernels=config.kernels)
+        self.dense_4h_to_h = output_layer(
+            row_linear(config.intermediate_size, config.hidden_size, region, kernels=config.kernels)
+        )
         self.act = activation(config)
 
     def forward(self, hidden_states: Tensor, leave_bias: bool = False) -> Tensor:

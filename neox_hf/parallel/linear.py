@@ -20,10 +20,11 @@ class Linear(nn.Linear):
     """torch's linear, computed by `kernels.linear`.
 
     fp8: what it needs to train in eight bits, where it is to (`compute_in_fp8`). What is evaluated is the weights
-    that are saved, in their own precision.
+    that are saved, in their own precision. kernels: `auto | triton | torch`; `torch` has torch compute products.
     """
 
     fp8: Fp8Linear | None = None
+    kernels: str = "auto"
 
     @property
     def trains_in_fp8(self) -> bool:
@@ -43,21 +44,30 @@ class Linear(nn.Linear):
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.trains_in_fp8:
             return fp8_linear(x, self.weight, bias, self.fp8)
-        return linear(x, self.weight, bias)
+        return linear(x, self.weight, bias, backend=self.kernels)
 
 
-def column_linear(in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> nn.Linear:
+def column_linear(
+    in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True, kernels: str = "auto"
+) -> nn.Linear:
     """A linear whose outputs are split over the region."""
-    if region.size == 1:
-        return Linear(in_features, out_features, bias=bias)
-    return ColumnParallelLinear(in_features, out_features, region, bias=bias)
+    return _linear(ColumnParallelLinear, in_features, out_features, region, bias, kernels)
 
 
-def row_linear(in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> nn.Linear:
+def row_linear(
+    in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True, kernels: str = "auto"
+) -> nn.Linear:
     """A linear whose inputs are split over the region."""
-    if region.size == 1:
-        return Linear(in_features, out_features, bias=bias)
-    return RowParallelLinear(in_features, out_features, region, bias=bias)
+    return _linear(RowParallelLinear, in_features, out_features, region, bias, kernels)
+
+
+def _linear(
+    split: type[nn.Linear], in_features: int, out_features: int, region: TensorRegion, bias: bool, kernels: str
+) -> nn.Linear:
+    alone = region.size == 1
+    linear = Linear(in_features, out_features, bias) if alone else split(in_features, out_features, region, bias=bias)
+    linear.kernels = kernels
+    return linear
 
 
 class ColumnParallelLinear(nn.Linear, Sharded):
@@ -69,6 +79,8 @@ class ColumnParallelLinear(nn.Linear, Sharded):
     Raises:
         TopologyError: the outputs do not divide by the size.
     """
+
+    kernels: str = "auto"
 
     def __init__(self, in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> None:
         super().__init__(in_features, region.share(out_features, "out_features"), bias=bias)
@@ -87,10 +99,10 @@ class ColumnParallelLinear(nn.Linear, Sharded):
         region = self.region.in_mode(self.training)
         postponed, self._postponed = self._postponed, None
         if region.sequence:
-            return gathered_linear(region, x, self.weight, bias)
+            return gathered_linear(region, x, self.weight, bias, self.kernels)
         if postponed is not None:
-            return postponing_linear(postponed, x, self.weight, bias)
-        return linear(x, self.weight, bias)
+            return postponing_linear(postponed, x, self.weight, bias, self.kernels)
+        return linear(x, self.weight, bias, backend=self.kernels)
 
     def postpone(self, postponed: PostponedGradients) -> None:
         """The next forward pass leaves the gradients of weight and bias to `postponed`."""
@@ -110,13 +122,15 @@ class RowParallelLinear(nn.Linear, Sharded):
         TopologyError: the inputs do not divide by the size.
     """
 
+    kernels: str = "auto"
+
     def __init__(self, in_features: int, out_features: int, region: TensorRegion, *, bias: bool = True) -> None:
         super().__init__(region.share(in_features, "in_features"), out_features, bias=bias)
         self.region = region
         self.whole_in_features = in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.region.first_only(self.bias))
+        return linear(x, self.weight, self.region.first_only(self.bias), backend=self.kernels)
 
     def shards(self) -> dict[str, Shard]:
         whole = (self.out_features, self.whole_in_features)
@@ -137,7 +151,7 @@ def enter(x: Tensor, region: TensorRegion, *branches: nn.Module) -> Tensor:
 def _enter_and_postpone(branches: tuple[nn.Module, ...], region: TensorRegion, x: Tensor) -> Tensor:
     modules = [module for branch in branches for module in branch.modules()]
     columns = [m for m in modules if isinstance(m, ColumnParallelLinear) and m.weight.requires_grad]
-    adders = [adder_of(column.weight) if x.requires_grad else None for column in columns]
+    adders = [adder_of(column.weight, column.kernels) if x.requires_grad else None for column in columns]
     postponed = [PostponedGradients(add) for add in adders]
     for column, gradients in zip(columns, postponed, strict=True):
         column.postpone(gradients)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from neox_hf.kernels.autocast import autocast_dtype
 from neox_hf.kernels.late_tensor import LateTensor, late_form
+from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
 from neox_hf.parallel.messages import (
     Message,
@@ -96,13 +96,14 @@ class _PostponingLinear(torch.autograd.Function):
         ctx: Any,
         postponed: PostponedGradients,
         late: LateTensor | None,
+        backend: str,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.postponed, ctx.late, ctx.biased = postponed, late, bias is not None
+        ctx.postponed, ctx.late, ctx.biased, ctx.backend = postponed, late, bias is not None, backend
         ctx.save_for_backward(weight, None if late else x)
-        return F.linear(x, weight, bias)
+        return linear_product(x, weight, bias, backend=backend)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +112,7 @@ class _PostponingLinear(torch.autograd.Function):
             ctx.postponed.give(gradient, x, ctx.biased)
         else:  # there before it is taken: what makes x stands behind `enter`
             ctx.late.when_there(lambda again: ctx.postponed.give(gradient, again, ctx.biased))
-        return None, None, gradient @ weight, None, None
+        return None, None, None, linear_product(gradient, weight.t(), backend=ctx.backend), None, None
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -123,28 +124,33 @@ class _GatheredLinear(torch.autograd.Function):
         region: TensorRegion,
         add: AddProduct | None,
         late: LateTensor | None,
+        backend: str,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.region, ctx.add, ctx.late = region, add, late
+        ctx.region, ctx.add, ctx.late, ctx.backend = region, add, late, backend
         ctx.save_for_backward(weight, None if late else x)
-        return F.linear(start_gather_sequence(x, region).wait(), weight, bias)
+        return linear_product(start_gather_sequence(x, region).wait(), weight, bias, backend=backend)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *_, wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         (weight, x), region, add = ctx.saved_tensors, ctx.region, ctx.add
+
+        def reducing_for_x() -> Message:
+            return start_reduce_scatter_sequence(linear_product(gradient, weight.t(), backend=ctx.backend), region)
+
         if ctx.late is not None:
-            reducing = start_reduce_scatter_sequence(gradient @ weight, region)
+            reducing = reducing_for_x()
             ctx.late.when_there(lambda again: _add_gathered(add, gradient, start_gather_sequence(again, region)))
             for_bias = gradient.flatten(0, -2).sum(0) if wants_bias else None
-            return None, None, None, reducing.wait(), None, for_bias
+            return None, None, None, None, reducing.wait(), None, for_bias
         gathering = start_gather_sequence(x, region) if add or wants_weight else None
-        reducing = start_reduce_scatter_sequence(gradient @ weight, region) if wants_x else None
+        reducing = reducing_for_x() if wants_x else None
         whole = gathering.wait() if gathering else x
         gradients = weight_gradients(add, gradient, whole, (wants_weight, wants_bias))
-        return None, None, None, reducing and reducing.wait(), *gradients
+        return None, None, None, None, reducing and reducing.wait(), *gradients
 
 
 def _add_gathered(add: AddProduct, gradient: Tensor, gathering: Message) -> None:
@@ -167,19 +173,22 @@ def enter_ahead_of(
 
 
 @torch.compiler.disable
-def postponing_linear(postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from."""
+def postponing_linear(
+    postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> Tensor:
+    """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from.
+    backend: of `kernels.product.product_`, here and below."""
     bias = None if bias is None else bias.detach()
     late = late_form(x) if postponed.adds else None
-    return _PostponingLinear.apply(postponed, late, *_in_autocast_dtype(x, weight.detach(), bias))
+    return _PostponingLinear.apply(postponed, late, backend, *_in_autocast_dtype(x, weight.detach(), bias))
 
 
 @torch.compiler.disable
-def gathered_linear(region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def gathered_linear(region: TensorRegion, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x W^T + b of scattered x [B, S / size, in] for the whole sequence. The gradient of x is whole, and scattered."""
-    add = adder_of(weight) if x.requires_grad else None
+    add = adder_of(weight, backend) if x.requires_grad else None
     late, weight = (None, weight) if add is None else (late_form(x), weight.detach())
-    return _GatheredLinear.apply(region, add, late, *_in_autocast_dtype(x, weight, bias))
+    return _GatheredLinear.apply(region, add, late, backend, *_in_autocast_dtype(x, weight, bias))
 
 
 def _in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:

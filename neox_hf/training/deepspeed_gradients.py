@@ -19,8 +19,8 @@ class SumInMasterGradient:
     group: int
     index: int
 
-    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
-        add_product_(self.total(weight), gradient, x)
+    def add_product(self, weight: nn.Parameter, gradient: Tensor, x: Tensor, backend: str = "auto") -> None:
+        add_product_(self.total(weight), gradient, x, backend=backend)
 
     def add_by(self, weight: nn.Parameter, add: AddInto) -> None:
         add(self.total(weight), True)

@@ -1,7 +1,7 @@
 """All variants of one size, a process each, taking turns: A B C, C B A, A B C.
 
-Whatever drifts, the card's temperature above all, meets all of them alike. They compile at the same time, as many as
-fit into the device's memory, and hold none of it between their turns.
+Whatever drifts, the card's temperature above all, meets all of them alike. Peers compile at the same time, as many as
+fit into the device's memory, and no variant holds any of it between its turns.
 """
 
 import contextlib
@@ -153,26 +153,29 @@ def measure_size(
 
 
 def prepare(size: Size, figures: dict[str, Figures], plan: Plan, folder: Path) -> dict[str, Worker]:
-    """Start and compile all variants; those that are ready in time."""
+    """Start and compile all variants; those that are ready in time. Ours are first and have the device to themselves,
+    since they measure which algorithms compute their products; the others import everything meanwhile."""
     memory, ready = Memory(device_gib(len(figures))), {}
     begin = time.perf_counter()
+    workers = {variant: Worker(size, variant, folder) for variant in figures}
 
-    def start(variant: str) -> None:
-        worker = Worker(size, variant, folder)  # imports everything while others compile
+    def compile_(variant: str) -> None:
         with memory.hold(needed_gib(size, variant)):
-            left = begin + plan.prepare_seconds - time.perf_counter()
-            said = worker.ask("", left)
-            if "failed" in said:
-                worker.end()
-                figures[variant]["failed"] = said["failed"]
-            else:
-                ready[variant] = worker
+            said = workers[variant].ask("", begin + plan.prepare_seconds - time.perf_counter())
+        if "failed" in said:
+            workers[variant].end()
+            figures[variant]["failed"] = said["failed"]
+        else:
+            ready[variant] = workers[variant]
         seconds = figures[variant]["prepare_seconds"] = time.perf_counter() - begin
         print(f"{size.name} {variant}: {said.get('failed', 'ready')} after {seconds:.0f} s", flush=True)
 
-    # Those that compile longest go first.
-    ordered = sorted(figures, key=lambda variant: variant.startswith(("ours", "eager")))
-    threads = [threading.Thread(target=start, args=(variant,)) for variant in ordered]
+    ours = [variant for variant in figures if parse_variant(variant).is_ours]
+    for variant in ours:
+        compile_(variant)
+    # Of the others, those that compile longest go first.
+    others = sorted(set(figures) - set(ours), key=lambda variant: variant.startswith("eager"))
+    threads = [threading.Thread(target=compile_, args=(variant,)) for variant in others]
     for thread in threads:
         thread.start()
     for thread in threads:

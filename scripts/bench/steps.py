@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from neox_hf.kernels import attention, product
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
@@ -44,7 +45,12 @@ class Ours:
 
     def _trainer(self, folder: str, clock: TurnClock) -> NeoXTrainer:
         config = self.size.config()
+        config.init_method = config.output_layer_init_method = "normal"  # as the peers start, for losses to compare
         config.kernels = "torch" if "torch" in self.variant.switches else "auto"
+        if "sdpa" in self.variant.switches:
+            without_flash_attention_4()
+        if "cublas" in self.variant.switches:
+            without_choosing_products()
         with self.device:
             model = GPTNeoXForCausalLM(config)
         arguments = self._arguments(folder)
@@ -73,6 +79,16 @@ class Ours:
             disable_tqdm=True,
             use_cpu=self.device.type == "cpu",
         )
+
+
+def without_flash_attention_4() -> None:
+    """For the rest of this process, which measures one variant."""
+    attention.has_flash_attention_4 = lambda: False
+
+
+def without_choosing_products() -> None:
+    """Likewise."""
+    product.choices_on = lambda device: None
 
 
 class OneBatchTrainer(NeoXTrainer):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from neox_hf.training.precision import PRECISIONS
 
-SWITCHES = ("selective", "full", "compiled", "graphs", "torch")
+SWITCHES = ("selective", "full", "compiled", "graphs", "torch", "sdpa", "cublas")
 """`selective`, `full`: what the backward pass computes again. `compiled`: `train.torch_compile`. `graphs`:
-`train.cuda_graphs`, which is `auto` without. `torch`: plain references instead of kernels."""
+`train.cuda_graphs`, which is `auto` without. `torch`: plain references instead of kernels. `sdpa`: attention as it is
+where FlashAttention 4 is not installed. `cublas`: products by the algorithm that cuBLAS estimates to be best."""
 
 FORMS = ("eager", "compile", "fixed", "tuned")
 PEER_PRECISIONS = ("amp", "bf16")

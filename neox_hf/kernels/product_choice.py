@@ -1,0 +1,191 @@
+"""Which algorithm computes a product on a device: found by measuring, once, and remembered on disk.
+
+torch takes what cuBLASLt estimates to be best. Under load, when a card is limited by its power, others of its proposals
+are quicker by up to a fifth, above all where the sum is short, as in small models. So the first time that a kind of
+product comes up, all proposals are timed on its operands, on a card that has been under load for a while, as in
+training; that takes half a second. Later runs on a device of that name read what was found: they choose alike.
+"""
+
+import functools
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neox_hf.kernels.cublaslt import Algorithm, CublasLtError, Problem, Product, cublaslt
+from neox_hf.kernels.launch_file import dtype_name
+from neox_hf.kernels.product_file import Measured, ProductFile
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 0.02
+"""By how much an algorithm must be quicker than torch's: less, and chance would choose."""
+
+LOAD_SECONDS = 0.5
+"""Of load before. A cold card runs all at its highest clock; under load, what takes more power loses more of it."""
+
+ROUNDS = 5
+"""Times that each is timed, in turns, since clocks drift. The median counts."""
+
+ROUND_OPERATIONS = 1.2e12
+"""Multiplications and additions of a round, as long as one product is not more: about two milliseconds."""
+
+MOST_CALLS = 20
+
+KEPT_BITS = 4
+"""Sizes of one kind agree in so many leading bits: batches of many lengths are not measured one by one."""
+
+MOST_PLANS = 4096
+
+Compute = Callable[[], object]
+
+
+class Plan(NamedTuple):
+    """A product of which it is known how it is computed."""
+
+    product: Product
+    algorithm: Algorithm
+
+    def run(self, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -> None:
+        self.product.run(self.algorithm, out, a, b, bias, keep=keep)
+
+
+class Operands(NamedTuple):
+    """What a problem is measured on. by_torch: computes it into `out`, of which the contents are of no account."""
+
+    out: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    by_torch: Compute
+
+
+class ProductChoices:
+    """The plans of one device, made by the first call of each problem, which may come from a thread of autograd's.
+
+    plans: how to compute a problem; None: by torch.
+    """
+
+    def __init__(self, library: Any, file: ProductFile) -> None:
+        self._library, self._file = library, file
+        self._measured = file.read()
+        self._lock = threading.Lock()
+        self.plans: dict[Problem, Plan | None] = {}
+
+    def make_plan(self, problem: Problem, operands: Callable[[], Operands]) -> Plan | None:
+        """The plan of a problem that has none yet. operands: of this call."""
+        with self._lock:
+            try:
+                plan = self._plan(problem, operands)
+            except _CapturingError:
+                return None  # and ask again next time
+            except (CublasLtError, torch.OutOfMemoryError) as error:
+                logger.info("product %s is left to torch: %s", kind_of(problem), error)
+                plan = None
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.clear()
+            self.plans[problem] = plan
+            return plan
+
+    def _plan(self, problem: Problem, operands: Callable[[], Operands]) -> Plan | None:
+        kind, product = kind_of(problem), Product(self._library, problem)
+        if kind not in self._measured:
+            if torch.cuda.is_current_stream_capturing():
+                raise _CapturingError
+            found = measure(product, operands())
+            logger.info("product %s: %.4f ms, by torch %.4f", kind, found.ms, found.torch_ms)
+            self._measured[kind] = found
+            self._file.add({kind: found})
+        text = self._measured[kind].algorithm
+        algorithm = None if text is None else product.restored(text)
+        return None if algorithm is None else Plan(product, algorithm)
+
+
+class _CapturingError(Exception):
+    """Nothing can be measured while a CUDA graph is captured."""
+
+
+@functools.cache
+def choices_on(device: torch.device) -> ProductChoices | None:
+    """Those of `device`, whose file is read now; None where there is no cuBLASLt. `cache_clear()` forgets all."""
+    library = cublaslt() if device.type == "cuda" else None
+    if library is None:
+        return None
+    version = library.cublasLtGetVersion()
+    return ProductChoices(library, ProductFile.of(torch.cuda.get_device_name(device), version))
+
+
+def kind_of(problem: Problem) -> str:
+    """What problems have in common that share a choice, as a file names it."""
+    sizes = "x".join(str(coarse(size)) for size in (problem.rows, problem.inner, problem.columns))
+    orders = " ".join("column" if matrix.transposed else "row" for matrix in (problem.a, problem.b))
+    bias = " + bias" if problem.biased else ""
+    aligned = "" if problem.alignment == 256 else f", aligned to {problem.alignment}"
+    return f"{dtype_name(problem.dtype)} {sizes} {orders} -> {dtype_name(problem.out_dtype)}{bias}{aligned}"
+
+
+def coarse(size: int) -> int:
+    """`size`, rounded up to KEPT_BITS leading bits."""
+    shift = max(size.bit_length() - KEPT_BITS, 0)
+    return -(-size >> shift) << shift
+
+
+def measure(product: Product, operands: Operands) -> Measured:
+    """The quickest of all proposals, if it beats torch by the margin. `operands.out` holds the product afterwards."""
+    out, a, b, bias, by_torch = operands
+    computes: dict[str | None, Compute] = {None: by_torch}
+    for algorithm in product.proposals():
+        compute = functools.partial(product.run, algorithm, out, a, b, bias)
+        try:
+            compute()
+        except CublasLtError:
+            continue
+        computes[algorithm.text] = compute
+    by_torch()
+    calls = calls_in_a_round(2.0 * a.numel() * b.shape[1])
+    load(by_torch, calls, LOAD_SECONDS)
+    ms = medians(computes, calls)
+    quickest = min(ms, key=ms.__getitem__)
+    chosen = quickest if ms[quickest] < (1 - MARGIN) * ms[None] else None
+    return Measured(chosen, ms[None], ms[chosen])
+
+
+def calls_in_a_round(operations: float) -> int:
+    return max(1, min(MOST_CALLS, round(ROUND_OPERATIONS / operations)))
+
+
+def load(compute: Compute, calls: int, seconds: float) -> None:
+    """Keep the device busy, always with some calls in its queue."""
+    end, before = time.monotonic() + seconds, _event()
+    while time.monotonic() < end:
+        for _ in range(calls):
+            compute()
+        before, last = _event(), before
+        last.synchronize()
+
+
+def medians(computes: Mapping[str | None, Compute], calls: int) -> dict[str | None, float]:
+    """ms of each. The device works through all rounds without a pause: the host waits for it at their end alone."""
+    laps: dict[str | None, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {text: [] for text in computes}
+    for turn in range(ROUNDS):
+        for text in list(computes)[:: 1 if turn % 2 == 0 else -1]:
+            computes[text]()
+            begin = _event()
+            for _ in range(calls):
+                computes[text]()
+            laps[text].append((begin, _event()))
+    torch.cuda.current_stream().synchronize()
+    return {
+        text: statistics.median(begin.elapsed_time(end) for begin, end in found) / calls for text, found in laps.items()
+    }
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

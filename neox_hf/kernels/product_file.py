@@ -1,0 +1,86 @@
+"""The file of algorithms of cuBLASLt that were quickest on one device: what is in it, and when it counts.
+
+    {"format": 1, "device": "NVIDIA H200", "cublaslt": 130100,
+     "products": {"bfloat16 65536x768x3072 row column -> bfloat16":
+                  {"algorithm": "4200...", "torch_ms": 0.490, "ms": 0.406}, ...}}
+
+`algorithm` is null where none was quicker than torch's product. It lies under `products/` (`cache_file.py`). Whatever
+is wrong with it, a run goes on and measures again.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from neox_hf.kernels.cache_file import cache_path, replace_whole
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+ALGORITHM_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found for a kind of product: cuBLASLt's encoding of the algorithm, or None for torch's, and ms."""
+
+    algorithm: str | None
+    torch_ms: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class ProductFile:
+    """The file of one device and one version of cuBLASLt."""
+
+    path: Path
+    device_name: str
+    version: int
+
+    @classmethod
+    def of(cls, device_name: str, version: int) -> "ProductFile":
+        return cls(cache_path("products", device_name), device_name, version)
+
+    def read(self) -> dict[str, Measured]:
+        """By kind of product; nothing, with a warning, where the file does not count here or is broken."""
+        try:
+            document = json.loads(self.path.read_bytes())
+            if (document["format"], document["cublaslt"]) != (FORMAT, self.version):
+                logger.info("%s was measured with another cuBLASLt; products are measured again", self.path)
+                return {}
+            return {str(kind): _entry(item) for kind, item in document["products"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s cannot be read (%r); products are measured again, and it is replaced", self.path, error)
+            return {}
+
+    def add(self, measured: Mapping[str, Measured]) -> None:
+        """Write what was measured beside what others have written meanwhile. Where it cannot be written, it says so."""
+        products = self.read() | dict(measured)
+        document = {
+            "format": FORMAT,
+            "device": self.device_name,
+            "cublaslt": self.version,
+            "products": {kind: asdict(products[kind]) for kind in sorted(products)},
+        }
+        try:
+            replace_whole(self.path, document)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written (%s), so the next run measures products again, and may choose others; set "
+                "NEOX_HF_CACHE to a folder that can",
+                self.path,
+                error.strerror,
+            )
+
+
+def _entry(item: Mapping[str, Any]) -> Measured:
+    algorithm = item["algorithm"]
+    if algorithm is not None and len(bytes.fromhex(algorithm)) != ALGORITHM_BYTES:
+        raise ValueError(f"an algorithm of {ALGORITHM_BYTES} bytes was expected, not {algorithm!r}")
+    return Measured(algorithm, float(item["torch_ms"]), float(item["ms"]))
