@@ -1,4 +1,4 @@
-"""Find the quickest launches of the kernels on this CUDA device, for the shapes of a recipe.
+"""Find the quickest launches of the kernels, and algorithms of products, on this CUDA device, for a recipe's shapes.
 
 python -m neox_hf.tune --config recipes/pythia_1.4b.yaml
 python -m neox_hf.tune --config recipes/pythia_1.4b.yaml --micro-batch 8 --seconds 120 train.precision=pure_bf16
@@ -14,9 +14,21 @@ import torch
 from neox_hf.errors import RecipeError
 from neox_hf.kernels.launch_choice import launches_on
 from neox_hf.kernels.launch_file import launch_path, read_entries, write_entries
+from neox_hf.kernels.product_choice import choices_on
 from neox_hf.training.command_line import RecipeParser, exit_on_user_error
 from neox_hf.training.recipe import load_recipe
-from neox_hf.tuning import DeviceClock, Sizes, Tuning, layer_work, search, step_work, table
+from neox_hf.tuning import (
+    DeviceClock,
+    Sizes,
+    Tuning,
+    compute_products,
+    layer_work,
+    product_table,
+    search,
+    step_work,
+    table,
+)
+from neox_hf.tuning.inputs import Random
 
 USAGE = (
     "python -m neox_hf.tune --config A.yaml [B.yaml ...] [-d DIR] [--micro-batch N] [--seconds S] "
@@ -39,6 +51,10 @@ def main(argv: Sequence[str]) -> int:
     tuning = search([*step_work(sizes), *layer_work(sizes)], launches_on(device), DeviceClock(device), options.seconds)
     print(table(tuning))
     keep(tuning, torch.cuda.get_device_name(device))
+    compute_products(sizes, Random(device))
+    choices = choices_on(device)
+    if choices is not None:
+        print(f"{product_table(choices.measured)}\nin: {choices.file.path}")
     return 0
 
 

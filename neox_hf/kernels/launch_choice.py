@@ -2,7 +2,8 @@
 
 An op names its choice once, as a `LaunchChoice`, and asks it at every launch. On a CUDA device the answer is what
 `python -m neox_hf.tune` has found there (`launch_file.py`), else the default, which is a function of the shape alone.
-Off CUDA, in Triton's interpreter too, it is the default. No kernel tunes itself while it runs.
+Off CUDA, in Triton's interpreter too, it is the default. No kernel tunes itself while it runs; products of matrices,
+which are cuBLAS's, are another matter (`product_choice.py`).
 """
 
 import dataclasses

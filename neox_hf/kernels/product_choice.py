@@ -68,12 +68,12 @@ class Operands(NamedTuple):
 class ProductChoices:
     """The plans of one device, made by the first call of each problem, which may come from a thread of autograd's.
 
-    plans: how to compute a problem; None: by torch.
+    measured: what is known, by kind of product. plans: how to compute a problem; None: by torch.
     """
 
     def __init__(self, library: Any, file: ProductFile) -> None:
-        self._library, self._file = library, file
-        self._measured = file.read()
+        self._library, self.file = library, file
+        self.measured = file.read()
         self._lock = threading.Lock()
         self.plans: dict[Problem, Plan | None] = {}
 
@@ -94,14 +94,13 @@ class ProductChoices:
 
     def _plan(self, problem: Problem, operands: Callable[[], Operands]) -> Plan | None:
         kind, product = kind_of(problem), Product(self._library, problem)
-        if kind not in self._measured:
+        if kind not in self.measured:
             if torch.cuda.is_current_stream_capturing():
                 raise _CapturingError
             found = measure(product, operands())
             logger.info("product %s: %.4f ms, by torch %.4f", kind, found.ms, found.torch_ms)
-            self._measured[kind] = found
-            self._file.add({kind: found})
-        text = self._measured[kind].algorithm
+            self.measured[kind] = self.file.agree(kind, found)
+        text = self.measured[kind].algorithm
         algorithm = None if text is None else product.restored(text)
         return None if algorithm is None else Plan(product, algorithm)
 

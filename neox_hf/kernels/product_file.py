@@ -8,6 +8,7 @@
 is wrong with it, a run goes on and measures again.
 """
 
+import fcntl
 import json
 import logging
 from collections.abc import Mapping
@@ -59,17 +60,19 @@ class ProductFile:
             logger.warning("%s cannot be read (%r); products are measured again, and it is replaced", self.path, error)
             return {}
 
-    def add(self, measured: Mapping[str, Measured]) -> None:
-        """Write what was measured beside what others have written meanwhile. Where it cannot be written, it says so."""
-        products = self.read() | dict(measured)
-        document = {
-            "format": FORMAT,
-            "device": self.device_name,
-            "cublaslt": self.version,
-            "products": {kind: asdict(products[kind]) for kind in sorted(products)},
-        }
+    def agree(self, kind: str, found: Measured) -> Measured:
+        """Write what was found, unless another process has been first: then its choice holds here too, so that all
+        ranks of a host, and those of a run that goes on later, choose alike. Where nothing can be written, it says so.
+        """
         try:
-            replace_whole(self.path, document)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # closing it, or a crash, releases it
+                products = self.read()
+                if kind not in products:
+                    products[kind] = found
+                    self._write(products)
+                return products[kind]
         except OSError as error:
             logger.warning(
                 "%s cannot be written (%s), so the next run measures products again, and may choose others; set "
@@ -77,6 +80,16 @@ class ProductFile:
                 self.path,
                 error.strerror,
             )
+            return found
+
+    def _write(self, products: Mapping[str, Measured]) -> None:
+        document = {
+            "format": FORMAT,
+            "device": self.device_name,
+            "cublaslt": self.version,
+            "products": {kind: asdict(products[kind]) for kind in sorted(products)},
+        }
+        replace_whole(self.path, document)
 
 
 def _entry(item: Mapping[str, Any]) -> Measured:

@@ -1,22 +1,38 @@
 """What a tuning found, as text."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from neox_hf.kernels.product_file import Measured
 from neox_hf.tuning.search import Outcome, Tuning
+
+
+def product_table(measured: Mapping[str, Measured]) -> str:
+    """A line for each kind of product that was measured on this device: ms by torch, of the best, and who that is."""
+    rows = [("product", "torch ms", "best ms", "choice")]
+    for kind, found in sorted(measured.items()):
+        choice = "torch" if found.algorithm is None else found.algorithm.rstrip("0")
+        rows.append((kind, f"{found.torch_ms:.4f}", f"{found.ms:.4f}", choice))
+    return _aligned(rows)
 
 
 def table(tuning: Tuning) -> str:
     """A line for each question: op, dtype and shape, ms of the default and of the best, and the choice. Below, what
     was refused, and what was not reached."""
     rows = [("op", "dtype", "shape", "default ms", "best ms", "choice"), *map(_row, tuning.outcomes)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [_aligned(rows)]
     for outcome in tuning.outcomes:
         for launch, reason in outcome.refused.items():
             lines.append(f"refused: {outcome.question.key}: {in_words(launch)}: {reason}")
     if tuning.unreached:
         lines.append(f"no time was left for: {'; '.join(tuning.unreached)}. Give more --seconds")
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 

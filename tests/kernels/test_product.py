@@ -173,8 +173,8 @@ def test_choices_are_those_of_the_device(monkeypatch, tmp_path):
     monkeypatch.setenv("NEOX_HF_CACHE", str(tmp_path))
     monkeypatch.setattr(product_choice, "cublaslt", CublasLt)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
-    file_in(tmp_path).add({KIND: Measured(None, 1.0, 1.0)})
-    assert choices_on.__wrapped__(torch.device("cuda", 0))._measured == {KIND: Measured(None, 1.0, 1.0)}
+    file_in(tmp_path).agree(KIND, Measured(None, 1.0, 1.0))
+    assert choices_on.__wrapped__(torch.device("cuda", 0)).measured == {KIND: Measured(None, 1.0, 1.0)}
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -272,7 +272,7 @@ def test_a_library_that_fails_leaves_it_to_torch(choices, library, monkeypatch, 
 
 
 def test_an_algorithm_that_is_none_for_a_problem_leaves_it_to_torch(choices, library, tmp_path):
-    choices._measured[KIND] = Measured("09" + 63 * "00", 1.0, 0.5)
+    choices.measured[KIND] = Measured("09" + 63 * "00", 1.0, 0.5)
     a, b, out = operand(64, 32), operand(32, 48, True), torch.empty(64, 48).bfloat16()
     assert torch.equal(product_(out, a, b), a @ b)
     assert library.launched == []
@@ -300,14 +300,26 @@ def test_a_broken_file_is_replaced(text, tmp_path, caplog):
     file.path.write_text(text)
     assert file.read() == {}
     assert "products are measured again" in caplog.text
-    file.add({"a": Measured(None, 1.0, 1.0)})
-    file.add({"b": Measured(None, 2.0, 2.0)})
+    assert file.agree("a", Measured(None, 1.0, 1.0)) == Measured(None, 1.0, 1.0)
+    assert file.agree("b", Measured(None, 2.0, 2.0)) == Measured(None, 2.0, 2.0)
     assert set(file.read()) == {"a", "b"}
+
+
+def test_the_first_rank_chooses_for_all(choices, library, tmp_path, monkeypatch):
+    """Two that measure at once: the second finds another algorithm quickest, and takes the first one's."""
+    other = ProductChoices(library, file_in(tmp_path))
+    a, b, out = operand(64, 32), operand(32, 48, True), torch.empty(64, 48).bfloat16()
+    product_(out, a, b)
+    monkeypatch.setattr(product_module, "choices_on", lambda device: other)
+    monkeypatch.setattr(product_choice, "medians", quickest(3))
+    product_(out, a, b)
+    assert library.launched[-1] == 2
+    assert other.measured == choices.measured == file_in(tmp_path).read()
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_end(tmp_path, caplog):
     (tmp_path / "products").write_text("in the way")
-    file_in(tmp_path).add({"a": Measured(None, 1.0, 1.0)})
+    assert file_in(tmp_path).agree("a", Measured(None, 1.0, 1.0)).ms == 1.0
     assert "cannot be written (" in caplog.text
     assert "set NEOX_HF_CACHE" in caplog.text
 

@@ -1,0 +1,44 @@
+"""The products of a step at a recipe's sizes, each computed once: where algorithms are chosen, that measures them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from neox_hf.kernels import linear_cross_entropy
+from neox_hf.kernels.product import linear_product
+from neox_hf.kernels.weight_gradient import add_product_
+from neox_hf.tuning.inputs import Random
+from neox_hf.tuning.sizes import Sizes
+
+
+class LinearSizes(NamedTuple):
+    """biased: the product adds the bias; else a kernel behind it does."""
+
+    outputs: int
+    inputs: int
+    biased: bool
+
+
+def linears_of(s: Sizes) -> Iterator[LinearSizes]:
+    """Those of a block."""
+    attended = s.heads * s.head_size
+    yield LinearSizes(3 * attended, s.hidden, s.attention_bias)
+    yield LinearSizes(s.hidden, attended, False)
+    yield LinearSizes(s.inner, s.hidden, False)
+    yield LinearSizes(s.hidden, s.inner, False)
+
+
+def compute_products(s: Sizes, random: Random) -> None:
+    """The three products of each linear, then those of a head that is not split."""
+    for outputs, inputs, biased in linears_of(s):
+        x, dy = (random.values(s.product, s.tokens, columns) for columns in (inputs, outputs))
+        weight = random.values(s.product, outputs, inputs, scale=inputs**-0.5)
+        linear_product(x, weight, random.values(s.product, outputs) if biased else None)
+        linear_product(dy, weight.t())
+        add_product_(torch.empty(outputs, inputs, device=x.device, dtype=s.gradient), dy, x, keep=False)
+    if s.vocabulary is not None:
+        hidden = random.values(s.product, s.tokens, s.hidden).requires_grad_()
+        weight = random.values(s.product, s.vocabulary, s.hidden, scale=s.hidden**-0.5).requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, random.words(s.tokens, s.vocabulary), upstream=1.0 / s.tokens)
+        torch.autograd.grad(loss / s.tokens, [hidden, weight])
