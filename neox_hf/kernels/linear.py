@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.once_differentiable import once_differentiable
-from neox_hf.kernels.product import linear_product
+from neox_hf.kernels.product import is_chosen, linear_product, product_
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
 
 
@@ -48,6 +48,26 @@ class _SummingLinear(torch.autograd.Function):
         return for_x, None, tokens.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
 
 
+class _ChoosingLinear(torch.autograd.Function):
+    """What autograd makes of a linear, but for who computes its products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return linear_product(x, weight, bias, backend=backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (wants_x, wants_weight, wants_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+        tokens, for_weight = gradient.flatten(0, -2), None
+        for_x = linear_product(gradient, weight.t(), backend=ctx.backend) if wants_x else None
+        if wants_weight:
+            for_weight = product_(torch.empty_like(weight), tokens.t(), x.flatten(0, -2), backend=ctx.backend)
+        return for_x, for_weight, tokens.sum(0) if wants_bias else None, None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x weight^T + bias, as `F.linear`; a weight that carries a `GradientSum` has its gradient added there.
 
@@ -55,5 +75,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     """
     add = adder_of(weight, backend)
     if add is None or not x.requires_grad:
+        trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if trains and is_chosen(backend, x, weight.t()):
+            return _ChoosingLinear.apply(x, weight, bias, backend)
         return F.linear(x, weight, bias)
     return _SummingLinear.apply(x, weight.detach(), bias, add, late_form(x), backend)

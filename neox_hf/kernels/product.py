@@ -30,7 +30,7 @@ def product_(
     out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, keep: bool = False, backend: str = "auto"
 ) -> Tensor:
     """out = a b + bias, or, if `keep`, out + a b. backend: `torch` computes all products by torch."""
-    if _is_chosen(backend, a, b):
+    if is_chosen(backend, a, b):
         product(out, a, b, bias, keep)
         return out
     return torch_product_(out, a, b, bias, keep=keep)
@@ -38,11 +38,7 @@ def product_(
 
 def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x weight^T + bias, as `F.linear`: x [..., in], weight [out, in] -> [..., out]. No gradient flows through it."""
-    if not _is_chosen(backend, x, weight.t()):
-        return F.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    product(out.flatten(0, -2), x.flatten(0, -2), weight.t(), bias, False)
-    return out
+    return linear_product_op(x, weight, bias) if is_chosen(backend, x, weight.t()) else F.linear(x, weight, bias)
 
 
 def torch_product_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, keep: bool = False) -> Tensor:
@@ -58,7 +54,7 @@ def torch_product_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _is_chosen(backend: str, a: Tensor, b: Tensor) -> bool:
+def is_chosen(backend: str, a: Tensor, b: Tensor) -> bool:
     """Whether an algorithm is looked for. A compiler may fuse what it sees; a choice by time is not deterministic."""
     return (
         backend != "torch"
@@ -85,6 +81,20 @@ def product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) 
 @register_fake(product)
 def _(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -> None:
     return None
+
+
+# An op of its own, whose result checkpointing can keep (modeling/recompute.py).
+@register("linear_product")
+def linear_product_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_product`, by what was quickest."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    product(out.flatten(0, -2), x.flatten(0, -2), weight.t(), bias, False)
+    return out
+
+
+@register_fake(linear_product_op)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _plan(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -> Plan | None:

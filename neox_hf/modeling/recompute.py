@@ -26,12 +26,20 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from neox_hf.kernels import LAYER_NORM
+from neox_hf.kernels.product import linear_product_op
 from neox_hf.kernels.weight_gradient import sum_of
 from neox_hf.parallel import ColumnParallelLinear, Linear
 
 Recompute = Literal["none", "selective", "full"]
 
-PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default})
+PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
+        linear_product_op,
+    }
+)
 """What a linear comes to. The batched products of attention that is written out are none of them."""
 
 ATTENTION = ("scaled_dot_product", "flash_attn", "flex_attention")

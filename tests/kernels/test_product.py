@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from neox_hf.kernels import cublaslt as cublaslt_module
+from neox_hf.kernels import linear as linear_module
 from neox_hf.kernels import product as product_module
 from neox_hf.kernels import product_choice
 from neox_hf.kernels.cublaslt import CublasLtError, Product, cublaslt
@@ -18,6 +20,7 @@ from neox_hf.kernels.product import linear_product, problem_of, product_, torch_
 from neox_hf.kernels.product_choice import ProductChoices, choices_on, coarse, kind_of
 from neox_hf.kernels.product_file import Measured, ProductFile
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
+from neox_hf.modeling.recompute import selective_contexts
 from tests.kernels.cublaslt_stand_in import CublasLt
 
 DEVICE = "NVIDIA H200"
@@ -51,7 +54,8 @@ def on_the_host(monkeypatch):
 def library(on_the_host, monkeypatch):
     """cuBLASLt, chosen for products of any size; its second algorithm is quickest, torch's product comes next."""
     library = CublasLt()
-    monkeypatch.setattr(product_module, "_is_chosen", lambda backend, a, b: backend != "torch")
+    for module in (product_module, linear_module):
+        monkeypatch.setattr(module, "is_chosen", lambda backend, a, b: backend != "torch")
     monkeypatch.setattr(product_module, "MOST_ALIGNMENT", 16)  # which all memory has
     monkeypatch.setattr(product_choice, "load", lambda *_: None)
     monkeypatch.setattr(product_choice, "medians", quickest(2))
@@ -351,7 +355,7 @@ def test_what_an_algorithm_is_looked_for(change, wanted, monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: change == "deterministic")
     monkeypatch.setattr(product_module, "autocast_dtype", lambda _: torch.float16 if change == "autocast" else None)
     backend = "torch" if change == "torch" else "auto"
-    assert product_module._is_chosen(backend, a[:4095] if change == "small" else a, b) is wanted
+    assert product_module.is_chosen(backend, a[:4095] if change == "small" else a, b) is wanted
 
 
 def test_a_linear_s_three_products(choices, library):
@@ -373,8 +377,38 @@ def test_a_linear_s_three_products(choices, library):
     assert library.launched == []
 
 
-def test_a_fake_tensor_knows_the_op():
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "weight", "bias")])
+def test_a_linear_whose_gradients_autograd_sums(frozen, choices, library):
+    tensors = {"x": torch.randn(2, 32, 32), "weight": torch.randn(48, 32), "bias": torch.randn(48)}
+    own = {name: t.bfloat16().requires_grad_(name not in frozen) for name, t in tensors.items()}
+    truth = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in own.items()}
+    dy = torch.randn(2, 32, 48).bfloat16()
+    y, wanted = linear(*own.values()), F.linear(*truth.values())
+    close(y, wanted)
+    if len(frozen) < 3:
+        y.backward(dy)
+        wanted.backward(dy.double())
+    for name, t in own.items():
+        assert (t.grad is None) is (name in frozen)
+        if t.grad is not None:
+            close(t.grad, truth[name].grad)
+    assert len(choices.plans) == (3 - ("x" in frozen) - ("weight" in frozen) if len(frozen) < 3 else 0)
+
+
+def test_selective_recomputation_keeps_the_product(choices, library):
+    weight = torch.randn(48, 32).bfloat16().requires_grad_()
+    x = operand(64, 32).requires_grad_()
+    linear(x, weight).cos().sum().backward()  # all three have a plan now
+    library.launched.clear()
+    how = {"use_reentrant": False, "context_fn": selective_contexts}
+    checkpoint(lambda x: linear(x.sin(), weight).cos(), x, **how).sum().backward()
+    assert library.launched == [2, 2, 2]
+
+
+def test_a_fake_tensor_knows_the_ops():
     a, b, out = operand(64, 32), operand(32, 48), torch.empty(64, 48).bfloat16()
+    whole = (a, b.t().contiguous(), None)
+    torch.library.opcheck(product_module.linear_product_op, whole, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(
         product_module.product, (out, a, b, None, False), test_utils=("test_schema", "test_faketensor")
     )

@@ -145,3 +145,16 @@ def test_torch_is_left_alone_where_it_was_asked_for(tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert not (tmp_path / "products").exists()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_linear_whose_gradients_autograd_sums(frozen, tmp_path):
+    layer = torch.nn.Linear(INNER, COLUMNS, device="cuda", dtype=torch.bfloat16).requires_grad_(not frozen)
+    x = torch.randn(4, ROWS // 4, INNER, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(4, ROWS // 4, COLUMNS, device="cuda", dtype=torch.bfloat16)
+    linear(x, layer.weight, layer.bias).backward(dy)
+    assert len(remembered(tmp_path)) == (2 if frozen else 3)
+    truth = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    F.linear(*truth).backward(dy.double())
+    for found, exact in zip((x, layer.weight, layer.bias)[: 1 if frozen else 3], truth, strict=False):
+        assert error(found.grad, exact.grad) < 3e-3

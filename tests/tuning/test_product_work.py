@@ -46,7 +46,7 @@ def kinds(monkeypatch):
         found.add(kind_of(problem_of(out, a, b, bias)._replace(alignment=256)))
         torch_product_(out, a, b, bias, keep=keep)
 
-    monkeypatch.setattr(product_module, "_is_chosen", lambda backend, a, b: True)
+    monkeypatch.setattr(product_module, "is_chosen", lambda backend, a, b: True)
     monkeypatch.setattr(product_module, "product", product)
     return found
 
