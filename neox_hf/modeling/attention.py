@@ -54,6 +54,19 @@ class GPTNeoXAttention(nn.Module):
 
         leave_bias: the caller adds the bias of `dense`.
         """
+        attended, weights = self.attended(hidden_states, attention_mask, layer_past, position_embeddings, **kwargs)
+        dense = self.dense.product if leave_bias else self.dense
+        return dense(attended), weights
+
+    def attended(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        layer_past: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `dense` reads, [B, S, N D], and the weights."""
         qkv, bias = self._project(hidden_states)
         cos, sin = position_embeddings
         query, key, value = rotary(qkv, cos, sin, bias=bias, backend=self.kernels)
@@ -63,8 +76,7 @@ class GPTNeoXAttention(nn.Module):
         plain = attention_mask is None and layer_past is None and kwargs.get("is_causal", True)
         with self.region.own_random(query.device, kwargs["dropout"]):
             output, weights = self._implementation(plain)(self, query, key, value, attention_mask, **kwargs)
-        dense = self.dense.product if leave_bias else self.dense
-        return dense(output.reshape(*qkv.shape[:2], -1)), weights
+        return output.reshape(*qkv.shape[:2], -1), weights
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The fused projection [B, S, N, 3, D], and its bias if the rotation's kernel is to sum that one's gradient."""

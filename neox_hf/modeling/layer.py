@@ -12,7 +12,7 @@ from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GPTNeoXMLP
 from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize, normalize_twice
-from neox_hf.parallel import ALONE, Linear, TensorRegion, enter
+from neox_hf.parallel import ALONE, Linear, RowParallelLinear, TensorRegion, enter, leave_by_parts
 
 
 class GPTNeoXLayer(GradientCheckpointingLayer):
@@ -24,7 +24,8 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
     The two norms of the parallel form are separate on purpose: the released weights were trained with two.
 
     Where a tensor group splits the block, each branch enters its region before the norms and leaves it as a partial sum
-    behind the dropout; the parallel form leaves once, with both. With sequence parallelism x is this rank's part of the
+    behind the dropout; the parallel form leaves once, with both, and without dropout part by part of the tokens, its
+    messages behind products. With sequence parallelism x is this rank's part of the
     sequence.
     """
 
@@ -60,6 +61,10 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
             entered = enter(hidden_states, region, self.attention, self.mlp)
             stream, *normed = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
             dropouts = (self.post_attention_dropout, self.post_mlp_dropout)
+            if self._leaves_by_parts(region, dropouts):
+                attended = self.attention.attended(normed[0], **seen)[0]
+                branches = (attended, self.attention.dense), (self.mlp.activated(normed[1]), self.mlp.dense_4h_to_h)
+                return self._joined_by_parts(hidden_states, region, *branches)
             biases = self._biases_left(stream, region, dropouts)
             leave = {"leave_bias": True} if biases else {}
             branches = (self.attention(normed[0], **leave, **seen)[0], self.mlp(normed[1], **leave))
@@ -75,6 +80,28 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         stream = self._outside(hidden_states, stream)
         return self._joined(stream, region, (self.mlp(normed),), (self.post_mlp_dropout,))
 
+    def _leaves_by_parts(self, region: TensorRegion, dropouts: tuple[nn.Module, ...]) -> bool:
+        """Whether both branches are sums that end in a row linear, between which and the message nothing comes."""
+        if region.size == 1 or region.sequence:
+            return False
+        idle = all(is_bare(dropout, nn.Dropout) and not (dropout.p and self.training) for dropout in dropouts)
+        bare = is_bare(self.attention, GPTNeoXAttention) and is_bare(self.mlp, GPTNeoXMLP)
+        return idle and bare and all(is_bare(each, RowParallelLinear) for each in self._dense)
+
+    def _joined_by_parts(
+        self, stream: Tensor, region: TensorRegion, *branches: tuple[Tensor, RowParallelLinear]
+    ) -> Tensor:
+        """stream + the products of the branches' row linears, which hide their message, + their biases."""
+        total = leave_by_parts(region, *branches)
+        biases = [linear.bias for _, linear in branches if linear.bias is not None]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        return bias_dropout_residual(stream, total, bias, None, None, 0.0, None, backend=self.kernels)
+
+    @property
+    def _dense(self) -> tuple[nn.Module, nn.Module]:
+        """The linears that end the two branches."""
+        return self.attention.dense, self.mlp.dense_4h_to_h
+
     def _biases_left(
         self, stream: Tensor, region: TensorRegion, dropouts: tuple[nn.Module, ...]
     ) -> tuple[Tensor, ...] | None:
@@ -83,10 +110,9 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
             return None
         if not all(is_bare(each, GPTNeoXAttention, GPTNeoXMLP) for each in (self.attention, self.mlp)):
             return None
-        dense = (self.attention.dense, self.mlp.dense_4h_to_h)
-        if not all(is_bare(each, Linear) and each.bias is not None and not each.trains_in_fp8 for each in dense):
+        if not all(is_bare(each, Linear) and each.bias is not None and not each.trains_in_fp8 for each in self._dense):
             return None
-        return tuple(each.bias for each in dense)
+        return tuple(each.bias for each in self._dense)
 
     def _rate_in_join(self, stream: Tensor, region: TensorRegion, dropouts: tuple[nn.Module, ...]) -> float | None:
         """The probability with which the kernel of the sum drops elements; None if dropout is left to its modules."""

@@ -33,14 +33,14 @@ class GPTNeoXMLP(nn.Module):
             states = up.fp8, down.fp8
             return fp8_mlp(hidden_states, up.weight, up.bias, down.weight, down.bias, self.act.form, states)
         dense = self.dense_4h_to_h.product if leave_bias else self.dense_4h_to_h
-        return dense(self._activated(hidden_states))
+        return dense(self.activated(hidden_states))
 
     @property
     def _is_one_op_in_fp8(self) -> bool:
         dense = self.dense_h_to_4h, self.dense_4h_to_h
         return is_bare(self.act, GELU) and all(is_bare(each, Linear) and each.trains_in_fp8 for each in dense)
 
-    def _activated(self, hidden_states: Tensor) -> Tensor:
+    def activated(self, hidden_states: Tensor) -> Tensor:
         """act(dense_h_to_4h(x)), the bias added by the activation's kernel: its gradient takes no pass of its own."""
         dense, act = self.dense_h_to_4h, self.act
         bare = is_bare(dense, Linear, ColumnParallelLinear) and is_bare(act, GELU) and dense.bias is not None

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_hf.kernels.autocast import autocast_dtype
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
@@ -23,6 +22,7 @@ from neox_hf.parallel.messages import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
 )
+from neox_hf.parallel.operands import in_autocast_dtype, weight_gradients
 from neox_hf.parallel.tensor_region import TensorRegion
 
 
@@ -51,19 +51,6 @@ class PostponedGradients:
             return None, None
         gradient, x, biased = operands
         return weight_gradients(self._add, gradient, x, (wanted[0], wanted[1] and biased))
-
-
-def weight_gradients(
-    add: AddProduct | None, gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight [out, in] and bias [out], from the output's gradient [..., out] and x [..., in].
-
-    add: where the weight's goes instead.
-    """
-    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
-    if add is not None:
-        add(gradient, x)
-    return gradient.t() @ x if wanted[0] else None, gradient.sum(0) if wanted[1] else None
 
 
 class _EnterAheadOf(torch.autograd.Function):
@@ -180,7 +167,7 @@ def postponing_linear(
     backend: of `kernels.product.product_`, here and below."""
     bias = None if bias is None else bias.detach()
     late = late_form(x) if postponed.adds else None
-    return _PostponingLinear.apply(postponed, late, backend, *_in_autocast_dtype(x, weight.detach(), bias))
+    return _PostponingLinear.apply(postponed, late, backend, *in_autocast_dtype(x, weight.detach(), bias))
 
 
 @torch.compiler.disable
@@ -188,12 +175,4 @@ def gathered_linear(region: TensorRegion, x: Tensor, weight: Tensor, bias: Tenso
     """x W^T + b of scattered x [B, S / size, in] for the whole sequence. The gradient of x is whole, and scattered."""
     add = adder_of(weight, backend) if x.requires_grad else None
     late, weight = (None, weight) if add is None else (late_form(x), weight.detach())
-    return _GatheredLinear.apply(region, add, late, backend, *_in_autocast_dtype(x, weight, bias))
-
-
-def _in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would make of the operands of a linear; it does not reach into an autograd function."""
-    dtype = autocast_dtype(operands[0].device)
-    if dtype is None:
-        return operands
-    return tuple(operand if operand is None else operand.to(dtype) for operand in operands)
+    return _GatheredLinear.apply(region, add, late, backend, *in_autocast_dtype(x, weight, bias))
