@@ -20,6 +20,7 @@ from neox_hf.kernels.dual_layer_norm import (
     dual_layer_norm,
     residual_dual_layer_norm,
 )
+from neox_hf.kernels.embedding import EMBEDDING, embedding
 from neox_hf.kernels.gradient_norm import GRADIENT_NORM, clip_coefficient, gradient_norm, gradient_square_sum
 from neox_hf.kernels.layer_norm import (
     ADD_LAYER_NORM,
@@ -48,6 +49,7 @@ OPS: tuple[Op, ...] = (
     ROTARY,
     BIAS_GELU,
     RESIDUAL_ADD,
+    EMBEDDING,
     BIAS_DROPOUT_RESIDUAL,
     CAUSAL_SOFTMAX,
     CROSS_ENTROPY,
@@ -79,6 +81,7 @@ __all__ = [
     "describe_choice",
     "draw_dropout_seed",
     "dual_layer_norm",
+    "embedding",
     "gradient_norm",
     "gradient_square_sum",
     "layer_norm",

@@ -163,7 +163,8 @@ def _change_linears(example: GPTNeoXLayer, *linears: nn.Module) -> None:
 
 
 def _choose(module: nn.Module, kernels: Backend, skip_logits: bool) -> None:
-    if isinstance(module, GPTNeoXLayer | GPTNeoXAttention | GPTNeoXLayerNorm | GELU | Linear):
+    computing = GPTNeoXLayer | GPTNeoXAttention | GPTNeoXLayerNorm | GELU | Linear
+    if isinstance(module, computing | GPTNeoXModel | stock_classes.GPTNeoXModel):
         module.kernels = kernels
     elif isinstance(module, GPTNeoXForCausalLM | stock_classes.GPTNeoXForCausalLM):
         module.choose_kernels(kernels)

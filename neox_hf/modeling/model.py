@@ -12,8 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from neox_hf.kernels import OPS, describe_choice
+from neox_hf.kernels import OPS, describe_choice, embedding
 from neox_hf.modeling.attention import GPTNeoXAttention
+from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import initialize_matrix
 from neox_hf.modeling.layer import GPTNeoXLayer
@@ -86,6 +87,7 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
 
     def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
         super().__init__(config)
+        self.kernels = config.kernels
         self.region = region = TensorRegion.of(topology)
         self.embed_in = vocabulary_embedding(config.vocab_size, config.hidden_size, region)
         self.emb_dropout = nn.Dropout(config.hidden_dropout)
@@ -146,7 +148,10 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
             TopologyError: under sequence parallelism S does not divide by the tensor size.
         """
         region = self.region.in_mode(self.training)
-        embedded = self.embed_in(input_ids) if inputs_embeds is None else region.scatter_sequence(inputs_embeds)
+        if inputs_embeds is None:
+            embedded = _looked_up(self.embed_in, input_ids, self.config.tie_word_embeddings, self.kernels)
+        else:
+            embedded = region.scatter_sequence(inputs_embeds)
         with region.residual_random(embedded.device, self.emb_dropout.p):
             return self.emb_dropout(embedded)
 
@@ -210,3 +215,11 @@ def positions_or_default(position_ids: Tensor | None, inputs_embeds: Tensor, pas
         return position_ids
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
     return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def _looked_up(module: nn.Module, input_ids: Tensor, shared: bool, kernels: str) -> Tensor:
+    """The module's rows, by our op where that is the same as calling it."""
+    plain = is_bare(module, nn.Embedding) and module.padding_idx is None and module.max_norm is None
+    if not plain or module.sparse or module.scale_grad_by_freq:
+        return module(input_ids)
+    return embedding(input_ids, module.weight, shared=shared, backend=kernels)

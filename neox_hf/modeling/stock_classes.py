@@ -40,6 +40,7 @@ class GPTNeoXModel(stock.GPTNeoXModel):
     """Everything of transformers' but the forward pass, since initialization and the like read its configuration."""
 
     region = ALONE
+    kernels = "auto"
     embed = model.GPTNeoXModel.embed
     graphs = model.GPTNeoXModel.graphs
     run_layers = model.GPTNeoXModel.run_layers

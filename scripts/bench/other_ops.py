@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from neox_hf import kernels
 from scripts.bench.case import Case, streams
@@ -47,7 +48,21 @@ def torch_softmax(scores: Tensor) -> Tensor:
     return torch.softmax(0.125 * scores.masked_fill(later, -torch.inf), dim=-1)
 
 
+def word_inputs(s: Shapes, random: Random) -> Inputs:
+    ids, weight = random.words(s.tokens, s.vocabulary), random.leaf(s.vocabulary, s.hidden)
+    return Inputs((ids, weight), (random.values(s.tokens, s.hidden),))
+
+
 OTHERS = (
+    Case(
+        "embedding",
+        make=word_inputs,
+        torch=F.embedding,
+        ours=lambda ids, weight, backend: kernels.embedding(ids, weight, backend=backend),
+        forward=streams(2),
+        both=lambda s: Work(moved=3 * s.stream + 2 * s.vocabulary * s.hidden),
+        timed=("ours", "torch"),
+    ),
     Case(
         "residual + two branches",
         make=lambda s, r: rows(s, r, 3),

@@ -49,8 +49,8 @@ def test_every_part_computes_with_ours(make_stock):
     assert not kinds & {nn.Linear, nn.LayerNorm}
     assert type(model.gpt_neox.final_layer_norm) is GPTNeoXLayerNorm
     chosen = [module.kernels for module in model.modules() if hasattr(module, "kernels")]
-    # Head and loss, final norm; layer, attention, norms, activation, linears.
-    assert chosen == ["triton"] * (1 + 1 + 2 * 9)
+    # Embedding, head and loss, final norm; layer, attention, norms, activation, linears.
+    assert chosen == ["triton"] * (1 + 1 + 1 + 2 * 9)
 
 
 def test_triton_is_refused_where_it_cannot_run(make_pair, tokens):
