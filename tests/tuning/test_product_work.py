@@ -12,29 +12,12 @@ from neox_hf.kernels.product_file import Measured
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
-from neox_hf.tuning import Sizes, compute_products, product_table
+from neox_hf.tuning import compute_products, product_table
 from neox_hf.tuning.inputs import Random
 from neox_hf.tuning.product_work import linears_of
+from tests.tuning.tiny import TINY
 
-SIZES = Sizes(
-    batch=2,
-    sequence=16,
-    hidden=64,
-    inner=96,
-    heads=4,
-    head_size=16,
-    rotary=4,
-    vocabulary=None,
-    form="erf",
-    dropout=0.0,
-    attention_bias=True,
-    parallel_residual=True,
-    stream=torch.bfloat16,
-    product=torch.bfloat16,
-    gradient=torch.float32,
-    master=True,
-    parameters=1000,
-)
+SIZES = replace(TINY, batch=2, sequence=16, hidden=64, inner=96, heads=4, head_size=16, vocabulary=None)
 
 
 @pytest.fixture

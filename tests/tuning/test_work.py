@@ -10,28 +10,10 @@ from neox_hf.kernels.launch_choice import launches_on
 from neox_hf.training.recipe import load_recipe
 from neox_hf.tuning import Sizes, layer_work, step_work
 from neox_hf.tuning.inputs import Random
+from tests.tuning.tiny import TINY
 
 CPU = torch.device("cpu")
 BASE = "recipes/pythia_1.4b.yaml"
-TINY = Sizes(
-    batch=1,
-    sequence=6,
-    hidden=24,
-    inner=40,
-    heads=3,
-    head_size=8,
-    rotary=4,
-    vocabulary=50,
-    form="erf",
-    dropout=0.0,
-    attention_bias=True,
-    parallel_residual=True,
-    stream=torch.bfloat16,
-    product=torch.bfloat16,
-    gradient=torch.float32,
-    master=True,
-    parameters=3000,
-)
 VARIANTS = {
     "as released": TINY,
     "dropout": replace(TINY, dropout=0.1, parallel_residual=False, attention_bias=False, parameters=0),
