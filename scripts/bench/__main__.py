@@ -153,7 +153,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", default=[], metavar="TEXT", help="only ops with this in their name")
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--seconds", type=float, default=90.0, help="for all ops; for the turns of each size")
-    parser.add_argument("--prepare-seconds", type=float, default=150.0, help="for starting and compiling a size")
+    parser.add_argument("--prepare-seconds", type=float, default=300.0, help="for starting and compiling a size")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant, at most")
     parser.add_argument("--turn-seconds", type=float, default=3.0)
     parser.add_argument("--warm-seconds", type=float, default=2.0, help="of load before each turn")

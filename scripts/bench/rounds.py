@@ -45,7 +45,7 @@ class Plan:
     length: TurnLength
     rounds: int = 3
     seconds: float = 90.0
-    prepare_seconds: float = 150.0
+    prepare_seconds: float = 300.0
 
 
 class Worker:
