@@ -4,8 +4,8 @@
      "launches": [{"op": "column_sums", "dtype": "bfloat16", "shape": [2048], "launch": {"rows": 4, ...},
                    "default_ms": 0.031, "ms": 0.028}, ...]}
 
-It lies under `launches/` (`cache_file.py`). Whatever is wrong with it, a run goes on by the
-defaults, after one warning: kernels compute the same with any launch, up to the order of sums.
+It lies under `launches/` (`cache_file.py`). Whatever is wrong with it, a run goes on by the defaults, after one
+warning: kernels compute the same with any launch, up to the order of sums.
 """
 
 import functools

@@ -103,7 +103,8 @@ def _plan(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) ->
         return None
 
     def operands() -> Operands:
-        scratch = torch.empty_like(out) if keep else out
+        # As `out` lies, gaps between its rows included: the problem has its strides.
+        scratch = out.new_empty_strided(out.shape, out.stride()) if keep else out
         return Operands(scratch, a, b, bias, partial(torch_product_, scratch, a, b, bias))
 
     return choices.plans[problem] if problem in choices.plans else choices.make_plan(problem, operands)

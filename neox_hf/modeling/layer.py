@@ -25,8 +25,7 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
 
     Where a tensor group splits the block, each branch enters its region before the norms and leaves it as a partial sum
     behind the dropout; the parallel form leaves once, with both, and without dropout part by part of the tokens, its
-    messages behind products. With sequence parallelism x is this rank's part of the
-    sequence.
+    messages behind products. With sequence parallelism x is this rank's part of the sequence.
     """
 
     def __init__(self, config: GPTNeoXConfig, layer_idx: int, region: TensorRegion = ALONE) -> None:

@@ -247,11 +247,20 @@ def test_what_cannot_be_launched_is_not_timed(choices, library, tmp_path, monkey
     assert [text and text[:2] for text in timed[0]] == [None, "01", "03"]
 
 
-def test_a_sum_is_measured_elsewhere(choices, library):
-    a, b, total = operand(48, 64, True), operand(64, 32), torch.ones(48, 32)
+@pytest.mark.parametrize("room", [0, 16])
+def test_a_sum_is_measured_elsewhere(room, choices, library, monkeypatch):
+    """In memory that lies as the sum does: with room between its rows, it needs as much."""
+    measured = []
+    measure = product_choice.measure
+    monkeypatch.setattr(product_choice, "measure", lambda p, o: measured.append(o.out) or measure(p, o))
+    a, b, whole = operand(48, 64, True), operand(64, 32), torch.ones(48, 32 + room)
+    total = whole[:, :32]
     product_(total, a, b, keep=True)
     close(total, 1 + exact(a, b))
+    assert (whole[:, 32:] == 1).all()
     assert library.launched[-1] == 2
+    assert measured[0].stride() == total.stride()
+    assert measured[0].data_ptr() != total.data_ptr()
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(choices, library, tmp_path, monkeypatch):
