@@ -1,16 +1,17 @@
 """Which algorithm computes a product on a device: found by measuring, once, and remembered on disk.
 
-torch takes what cuBLASLt estimates to be best. Under load, when a card is limited by its power, others of its proposals
-are quicker by up to a fifth, above all where the sum is short, as in small models. So the first time that a kind of
-product comes up, all proposals are timed on its operands, on a card that has been under load for a while, as in
-training; that takes half a second. Later runs on a device of that name read what was found: they choose alike.
+torch takes what cuBLASLt estimates to be best; others of its proposals are often quicker, by up to a fifth, above all
+where the sum is short, as in small models. What counts is their time in training, when the card is limited by its
+power: the clock of each is then what its energy leaves it, and one that takes fewer cycles but more energy loses. So
+the first time that a kind of product comes up, all proposals are timed briefly on its operands, and those in front once
+more, each long enough by itself that the clock settles. That takes about a second. Later runs on a device of that name
+read what was found: they choose alike.
 """
 
 import functools
 import logging
 import statistics
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,19 +24,17 @@ from neox_hf.kernels.product_file import Measured, ProductFile
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.02
+MARGIN = 0.01
 """By how much an algorithm must be quicker than torch's: less, and chance would choose."""
 
-LOAD_SECONDS = 0.5
-"""Of load before. A cold card runs all at its highest clock; under load, what takes more power loses more of it."""
+QUICK_ROUNDS, QUICK_CALLS = 5, 2
+"""Turns, and calls in each, by which the finalists are found. The median counts, since clocks drift."""
 
-ROUNDS = 5
-"""Times that each is timed, in turns, since clocks drift. The median counts."""
+FINALISTS = 4
+"""Beside torch's product. The one with the least energy has been up to 4 % behind in cycles, seldom below fourth."""
 
-ROUND_OPERATIONS = 1.2e12
-"""Multiplications and additions of a round, as long as one product is not more: about two milliseconds."""
-
-MOST_CALLS = 20
+STEADY_ROUNDS, STEADY_MS = 3, 35.0
+"""Turns of a finalist; it runs for so long untimed, in which the clock settles, and for as long timed."""
 
 KEPT_BITS = 4
 """Sizes of one kind agree in so many leading bits: batches of many lengths are not measured one by one."""
@@ -145,43 +144,48 @@ def measure(product: Product, operands: Operands) -> Measured:
         except CublasLtError:
             continue
         computes[algorithm.text] = compute
-    by_torch()
-    calls = calls_in_a_round(2.0 * a.numel() * b.shape[1])
-    load(by_torch, calls, LOAD_SECONDS)
-    ms = medians(computes, calls)
+    quick = medians(computes, QUICK_ROUNDS, dict.fromkeys(computes, QUICK_CALLS))
+    final = finalists(quick)
+    ms = medians(
+        {text: computes[text] for text in final}, STEADY_ROUNDS, {text: steady_calls(quick[text]) for text in final}
+    )
     quickest = min(ms, key=ms.__getitem__)
     chosen = quickest if ms[quickest] < (1 - MARGIN) * ms[None] else None
     return Measured(chosen, ms[None], ms[chosen])
 
 
-def calls_in_a_round(operations: float) -> int:
-    return max(1, min(MOST_CALLS, round(ROUND_OPERATIONS / operations)))
+def finalists(ms: Mapping[str | None, float]) -> list[str | None]:
+    """torch's, and the first few of all others."""
+    others = sorted((text for text in ms if text is not None), key=ms.__getitem__)
+    return [None, *others[:FINALISTS]]
 
 
-def load(compute: Compute, calls: int, seconds: float) -> None:
-    """Keep the device busy, always with some calls in its queue."""
-    end, before = time.monotonic() + seconds, _event()
-    while time.monotonic() < end:
-        for _ in range(calls):
-            compute()
-        before, last = _event(), before
-        last.synchronize()
+def steady_calls(ms: float) -> int:
+    return max(1, round(STEADY_MS / ms))
 
 
-def medians(computes: Mapping[str | None, Compute], calls: int) -> dict[str | None, float]:
-    """ms of each. The device works through all rounds without a pause: the host waits for it at their end alone."""
+def medians(
+    computes: Mapping[str | None, Compute], rounds: int, calls: Mapping[str | None, int]
+) -> dict[str | None, float]:
+    """ms of each, in `rounds` turns of `calls` untimed and as many timed. The device works through all of them without
+    a pause: the host waits for it at their end alone."""
     laps: dict[str | None, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {text: [] for text in computes}
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         for text in list(computes)[:: 1 if turn % 2 == 0 else -1]:
-            computes[text]()
+            _repeat(computes[text], calls[text])
             begin = _event()
-            for _ in range(calls):
-                computes[text]()
+            _repeat(computes[text], calls[text])
             laps[text].append((begin, _event()))
     torch.cuda.current_stream().synchronize()
     return {
-        text: statistics.median(begin.elapsed_time(end) for begin, end in found) / calls for text, found in laps.items()
+        text: statistics.median(begin.elapsed_time(end) for begin, end in found) / calls[text]
+        for text, found in laps.items()
     }
+
+
+def _repeat(compute: Compute, times: int) -> None:
+    for _ in range(times):
+        compute()
 
 
 def _event() -> torch.cuda.Event:

@@ -57,7 +57,6 @@ def library(on_the_host, monkeypatch):
     for module in (product_module, linear_module):
         monkeypatch.setattr(module, "is_chosen", lambda backend, a, b: backend != "torch")
     monkeypatch.setattr(product_module, "MOST_ALIGNMENT", 16)  # which all memory has
-    monkeypatch.setattr(product_choice, "load", lambda *_: None)
     monkeypatch.setattr(product_choice, "medians", quickest(2))
     return library
 
@@ -72,7 +71,7 @@ def choices(library, tmp_path, monkeypatch):
 def quickest(number):
     """ms of everything that is timed; all of it runs once."""
 
-    def medians(computes, calls):
+    def medians(computes, rounds, calls):
         for compute in computes.values():
             compute()
         return {text: 1.0 if text is None else 0.5 if text.startswith(f"0{number}") else 2.0 for text in computes}
@@ -228,7 +227,7 @@ def test_another_version_of_the_library_measures_again(choices, library, tmp_pat
 
 
 def test_torch_is_taken_where_nothing_beats_it(choices, library, tmp_path, monkeypatch):
-    monkeypatch.setattr(product_choice, "medians", lambda computes, calls: dict.fromkeys(computes, 1.0))
+    monkeypatch.setattr(product_choice, "medians", lambda computes, *_: dict.fromkeys(computes, 1.0))
     a, b, out = operand(64, 32), operand(32, 48, True), torch.empty(64, 48).bfloat16()
     product_(out, a, b)
     library.launched.clear()
@@ -241,7 +240,7 @@ def test_what_cannot_be_launched_is_not_timed(choices, library, tmp_path, monkey
     library.refused.add(2)
     timed = []
     monkeypatch.setattr(
-        product_choice, "medians", lambda computes, calls: timed.append(list(computes)) or dict.fromkeys(computes, 1.0)
+        product_choice, "medians", lambda computes, *_: timed.append(list(computes)) or dict.fromkeys(computes, 1.0)
     )
     product_(torch.empty(64, 48).bfloat16(), operand(64, 32), operand(32, 48, True))
     assert [text and text[:2] for text in timed[0]] == [None, "01", "03"]
@@ -423,17 +422,33 @@ def test_a_fake_tensor_knows_the_ops():
     )
 
 
-def test_a_load_lasts_and_rounds_are_timed(on_the_host, monkeypatch):
+def test_turns_are_timed_behind_as_many_calls_untimed(on_the_host, monkeypatch):
     """On this host by a clock that counts calls, of which some take longer."""
     ticks = []
-    monkeypatch.setattr(product_choice, "_event", lambda: Event(len(ticks) if not ticks else sum(ticks)))
-    product_choice.load(lambda: ticks.append(0.0), 2, 0.01)
-    assert len(ticks) >= 2
-    ticks.clear()
-    found = product_choice.medians({None: lambda: ticks.append(3.0), "quick": lambda: ticks.append(1.0)}, 4)
-    assert found == {None: 3.0, "quick": 1.0}
-    assert len(ticks) == 2 * product_choice.ROUNDS * 5
-    assert [product_choice.calls_in_a_round(flops) for flops in (1e13, 4e11, 1e9)] == [1, 3, 20]
+    monkeypatch.setattr(product_choice, "_event", lambda: Event(sum(ticks)))
+    computes = {None: lambda: ticks.append(3.0), "quick": lambda: ticks.append(1.0)}
+    assert product_choice.medians(computes, 5, {None: 2, "quick": 6}) == {None: 3.0, "quick": 1.0}
+    assert (ticks.count(3.0), ticks.count(1.0)) == (5 * 2 * 2, 5 * 2 * 6)
+
+
+def test_who_is_in_front_is_timed_again_for_as_long_as_a_clock_takes_to_settle(choices, library, monkeypatch):
+    """The first of all in a short time, which is not the first over a longer one."""
+    library.algorithms = 6
+    timed = []
+
+    def medians(computes, rounds, calls):
+        timed.append((rounds, {text and int(text[:2]): count for text, count in calls.items()}))
+        ms = {None: 1.0, 6: 0.5, 1: 0.7, 4: 0.8, 5: 0.875, 2: 2.0, 3: 3.0}
+        ms = ms if rounds == product_choice.QUICK_ROUNDS else dict.fromkeys(ms, 0.9) | {None: 1.0, 5: 0.6}
+        return {text: ms[text and int(text[:2])] for text in computes}
+
+    monkeypatch.setattr(product_choice, "medians", medians)
+    product_(torch.empty(64, 48).bfloat16(), operand(64, 32), operand(32, 48, True))
+    (_, quick), (rounds, steady) = timed
+    assert set(quick.values()) == {product_choice.QUICK_CALLS}
+    assert (rounds, steady) == (product_choice.STEADY_ROUNDS, {None: 35, 6: 70, 1: 50, 4: 44, 5: 40})
+    assert library.launched[-1] == 5
+    assert product_choice.steady_calls(100.0) == 1
 
 
 class Event:
