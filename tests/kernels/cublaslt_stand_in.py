@@ -19,6 +19,7 @@ class CublasLt:
     def __init__(self, algorithms=3, refused=(), version=130100):
         self.algorithms, self.refused, self.version = algorithms, set(refused), version
         self.objects, self.launched, self.preferences = {}, [], {}
+        self.without_bias = 0  # how many more it proposes for a product without; the last of them takes none
         self._last = 0
 
     def cublasLtGetVersion(self):
@@ -55,16 +56,17 @@ class CublasLt:
     cublasLtMatmulDescDestroy = cublasLtMatrixLayoutDestroy
 
     def cublasLtMatmulAlgoGetHeuristic(self, handle, description, a, b, c, d, preference, most, found, count):
-        for number in range(min(self.algorithms, most.value)):
+        count._obj.value = self.algorithms if self._adds_bias(description) else self.algorithms + self.without_bias
+        for number in range(min(count._obj.value, most.value)):
             found[number].code.data[0] = number + 1
             found[number].workspace = 1024 * number
-        count._obj.value = self.algorithms
         return 0
 
     def cublasLtMatmulAlgoCheck(self, handle, description, a, b, c, d, code, said):
         number = code._obj.data[0]
         said._obj.workspace = 1024 * (number - 1)
-        return 0 if 1 <= number <= self.algorithms else REFUSED
+        most = self.algorithms + self.without_bias
+        return 0 if 1 <= number <= most - (self.without_bias > 0 and self._adds_bias(description)) else REFUSED
 
     def cublasLtMatmul(self, handle, description, alpha, a, la, b, lb, beta, c, lc, d, ld, code, space, size, stream):
         number = code._obj.data[0]
@@ -78,11 +80,14 @@ class CublasLt:
         result = alpha._obj.value * first.float() @ second.float()
         if beta._obj.value:
             result += beta._obj.value * before
-        if said[cublaslt.DESCRIPTION_EPILOGUE] == cublaslt.EPILOGUE_ADDS_BIAS:
+        if self._adds_bias(description):
             result += memory(said[cublaslt.DESCRIPTION_BIAS_POINTER], out.dtype, out.shape[0]).float()[:, None]
         out.copy_(result)
         self.launched.append(number)
         return 0
+
+    def _adds_bias(self, description):
+        return self.objects[description.value][cublaslt.DESCRIPTION_EPILOGUE] == cublaslt.EPILOGUE_ADDS_BIAS
 
     def _make(self, made, what):
         self._last += 1

@@ -117,6 +117,19 @@ def test_the_library_adds_the_bias(on_the_host):
         close(out, exact(a, b, bias))
 
 
+@pytest.mark.parametrize(("biased", "numbers"), [(False, [1, 2, 3, 4, 5]), (True, [1, 2, 3, 4])])
+def test_with_a_bias_all_is_proposed_that_takes_one(biased, numbers, on_the_host):
+    library, a, b = CublasLt(), operand(64, 32), operand(32, 48)
+    library.without_bias = 2
+    out, bias = torch.empty(64, 48).bfloat16(), torch.randn(48).bfloat16() if biased else None
+    product = Product(library, problem_of(out, a, b, bias))
+    found = product.proposals()
+    assert [each.code.data[0] for each in found] == numbers
+    for each in found:
+        product.run(each, out, a, b, bias)
+        close(out, exact(a, b, bias))
+
+
 def test_sums_that_are_split_are_added_in_fp32(on_the_host):
     library = CublasLt()
     problem = problem_of(torch.empty(64, 48).bfloat16(), operand(64, 32), operand(32, 48), None)

@@ -66,6 +66,19 @@ def test_every_algorithm_is_no_further_from_the_truth_than_torch(dtype, wide, or
         assert product.restored(algorithm.text).workspace == algorithm.workspace
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_algorithm_adds_the_bias(dtype):
+    a, b = operand(ROWS, INNER, False, dtype), operand(INNER, COLUMNS, True, dtype)
+    bias = torch.randn(COLUMNS, device="cuda", dtype=dtype)
+    exact = a.double() @ b.double() + bias.double()
+    allowed = error(F.linear(a, b.t(), bias), exact)
+    product = Product(cublaslt(), problem_of(a.new_empty(ROWS, COLUMNS), a, b, bias))
+    for algorithm in product.proposals():
+        out = a.new_full((ROWS, COLUMNS), torch.nan)
+        product.run(algorithm, out, a, b, bias)
+        assert error(out, exact) <= 1.05 * allowed + 1e-6, algorithm.text
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_parts_of_larger_matrices(biased):
     a = torch.randn(ROWS, 2 * INNER, device="cuda", dtype=torch.bfloat16)[:, :INNER]
