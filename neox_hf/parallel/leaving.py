@@ -57,9 +57,9 @@ class _RoomForSum(torch.autograd.Function):
             wants_x, wants_weight = ctx.needs_input_grad[1 + 2 * index : 3 + 2 * index]
             gradients.append(linear_product(gradient, weight.t(), backend=backend) if wants_x else None)
             if late is None:
-                gradients.append(weight_gradients(add, gradient, x, (wants_weight, False))[0])
+                gradients.append(weight_gradients(add, gradient, x, (wants_weight, False), backend)[0])
             else:
-                late.when_there(lambda again, add=add: weight_gradients(add, gradient, again, (False, False)))
+                late.when_there(lambda again, add=add: add(gradient.flatten(0, -2), again.flatten(0, -2)))
                 gradients.append(None)
         return None, *gradients
 

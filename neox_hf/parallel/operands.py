@@ -3,20 +3,24 @@
 from torch import Tensor
 
 from neox_hf.kernels.autocast import autocast_dtype
+from neox_hf.kernels.product import product_
 from neox_hf.kernels.weight_gradient import AddProduct
 
 
 def weight_gradients(
-    add: AddProduct | None, gradient: Tensor, x: Tensor, wanted: tuple[bool, bool]
+    add: AddProduct | None, gradient: Tensor, x: Tensor, wanted: tuple[bool, bool], backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of weight [out, in] and bias [out], from the output's gradient [..., out] and x [..., in].
 
-    add: where the weight's goes instead.
+    add: where the weight's goes instead. backend: of `product_`.
     """
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if add is not None:
         add(gradient, x)
-    return gradient.t() @ x if wanted[0] else None, gradient.sum(0) if wanted[1] else None
+    for_weight = None
+    if wanted[0]:
+        for_weight = product_(gradient.new_empty(gradient.shape[1], x.shape[1]), gradient.t(), x, backend=backend)
+    return for_weight, gradient.sum(0) if wanted[1] else None
 
 
 def in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:

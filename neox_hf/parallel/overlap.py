@@ -34,23 +34,23 @@ class PostponedGradients:
 
     def __init__(self, add: AddProduct | None) -> None:
         self._add = add
-        self._operands: tuple[Tensor, Tensor, bool] | None = None
+        self._operands: tuple[Tensor, Tensor, bool, str] | None = None
 
     @property
     def adds(self) -> bool:
         """Whether the weight's gradient is added somewhere, and no one waits to be given it."""
         return self._add is not None
 
-    def give(self, gradient: Tensor, x: Tensor, biased: bool) -> None:
-        self._operands = (gradient, x, biased)
+    def give(self, gradient: Tensor, x: Tensor, biased: bool, backend: str) -> None:
+        self._operands = (gradient, x, biased, backend)
 
     def take(self, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """The gradients that are `wanted`; none if the linear had no part in the loss, or its bias none in it."""
         operands, self._operands = self._operands, None
         if operands is None:
             return None, None
-        gradient, x, biased = operands
-        return weight_gradients(self._add, gradient, x, (wanted[0], wanted[1] and biased))
+        gradient, x, biased, backend = operands
+        return weight_gradients(self._add, gradient, x, (wanted[0], wanted[1] and biased), backend)
 
 
 class _EnterAheadOf(torch.autograd.Function):
@@ -96,9 +96,9 @@ class _PostponingLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
         if ctx.late is None:
-            ctx.postponed.give(gradient, x, ctx.biased)
+            ctx.postponed.give(gradient, x, ctx.biased, ctx.backend)
         else:  # there before it is taken: what makes x stands behind `enter`
-            ctx.late.when_there(lambda again: ctx.postponed.give(gradient, again, ctx.biased))
+            ctx.late.when_there(lambda again: ctx.postponed.give(gradient, again, ctx.biased, ctx.backend))
         return None, None, None, linear_product(gradient, weight.t(), backend=ctx.backend), None, None
 
 
@@ -136,12 +136,12 @@ class _GatheredLinear(torch.autograd.Function):
         gathering = start_gather_sequence(x, region) if add or wants_weight else None
         reducing = reducing_for_x() if wants_x else None
         whole = gathering.wait() if gathering else x
-        gradients = weight_gradients(add, gradient, whole, (wants_weight, wants_bias))
+        gradients = weight_gradients(add, gradient, whole, (wants_weight, wants_bias), ctx.backend)
         return None, None, None, None, reducing and reducing.wait(), *gradients
 
 
 def _add_gathered(add: AddProduct, gradient: Tensor, gathering: Message) -> None:
-    weight_gradients(add, gradient, gathering.wait(), (False, False))
+    add(gradient.flatten(0, -2), gathering.wait().flatten(0, -2))
 
 
 # A compiler splits its graph in front of the functions below: messages are none of its business.

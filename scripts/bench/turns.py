@@ -50,5 +50,12 @@ class TurnClock:
     def result(self, loss: float) -> dict[str, Any]:
         """ms of each timed step; peak GiB while they ran; the loss at the end."""
         assert self.laps is not None, "a turn ends after timed steps"
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        peak = peak_gib() if torch.cuda.is_available() else 0.0
         return {"step_ms": self.laps.milliseconds(), "peak_gib": peak, "loss": loss}
+
+
+def peak_gib() -> float:
+    """Of what was allocated, and of what CUDA graphs keep for their replays, which is free to the allocator alone."""
+    pools = (segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0))
+    kept = sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+    return (torch.cuda.max_memory_allocated() + kept) / 2**30

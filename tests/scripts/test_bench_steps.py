@@ -13,7 +13,7 @@ from scripts.bench.peers import Peer, causal_without_mask, stock
 from scripts.bench.rounds import Memory, Plan, measure_size, needed_gib, take_turns
 from scripts.bench.sizes import MEASURED, SIZES
 from scripts.bench.summary import ratios, summarise
-from scripts.bench.turns import TurnClock, TurnLength
+from scripts.bench.turns import TurnClock, TurnLength, peak_gib
 from scripts.bench.variants import parse_variant
 from scripts.bench.worker import MARK, serve, turns_of
 from tests.scripts.bench_cases import document, step
@@ -204,6 +204,18 @@ def test_a_process_that_dies_leaves_its_last_words(monkeypatch):
     monkeypatch.setenv("PYTHONHOME", "/nowhere")
     figures = measure_size(TINY, ["eager-bf16"], Plan(SHORT, rounds=1, prepare_seconds=60), lambda found: None)
     assert figures["eager-bf16"]["failed"].startswith("ended: ")
+
+
+def test_what_graphs_keep_counts(monkeypatch):
+    gib = 2**30
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 9 * gib, "allocated_size": gib},
+        {"segment_pool_id": (0, 1), "total_size": 5 * gib, "allocated_size": 2 * gib},
+        {"segment_pool_id": (0, 2), "total_size": gib, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 20 * gib)
+    assert peak_gib() == 24.0
 
 
 def test_summary_of_turns():
