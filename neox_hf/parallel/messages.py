@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from neox_hf.parallel.exchange import Arrival
     from neox_hf.parallel.tensor_region import TensorRegion
 
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Message:
     """What is under way. The tensor that travels is kept alive until it has arrived."""
 
-    work: dist.Work
+    work: "dist.Work | Arrival"
     travelling: Tensor
     unpack: Callable[[Tensor], Tensor]
 
@@ -37,9 +38,11 @@ def group_of(region: "TensorRegion") -> dist.ProcessGroup | None:
 
 
 def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> Message:
-    """Sum `tensor` over the group, in place."""
+    """Sum `tensor` over the group, in place: by copies (`exchange.py`) where two devices can, else by the backend."""
     assert tensor.is_contiguous()
-    return Message(dist.all_reduce(tensor, group=group_of(region), async_op=True), tensor, lambda summed: summed)
+    work = region.exchange.start(tensor) if region.exchange else None
+    work = work or dist.all_reduce(tensor, group=group_of(region), async_op=True)
+    return Message(work, tensor, lambda summed: summed)
 
 
 def start_gather(tensor: Tensor, region: "TensorRegion") -> Message:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neox_hf.errors import TopologyError
+from neox_hf.parallel.exchange import Exchange
 from neox_hf.parallel.messages import (
     group_of,
     start_all_reduce,
@@ -47,13 +48,15 @@ class TensorRegion:
     rank: int = 0
     sequence: bool = False
     group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    exchange: Exchange | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, topology: Topology | None) -> "TensorRegion":
         """The region of this process; None is a process alone."""
         if topology is None or topology.tensor == 1:
             return cls()
-        return cls(topology.tensor, topology.tensor_rank, topology.sequence, topology.groups.tensor)
+        groups = topology.groups
+        return cls(topology.tensor, topology.tensor_rank, topology.sequence, groups.tensor, groups.exchange)
 
     def in_mode(self, training: bool) -> "TensorRegion":
         """The region that a module computes in: sequence parallelism spares what backward passes keep, so it is for

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from neox_hf.errors import TopologyError
+from neox_hf.parallel.exchange import Exchange
 
 AXES = ("pipeline", "data", "tensor")
 """From the outermost to the innermost: ranks of one tensor group are neighbours."""
@@ -13,11 +14,15 @@ AXES = ("pipeline", "data", "tensor")
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process group along each axis. None where the axis is the whole world, or is one process long."""
+    """This rank's process group along each axis. None where the axis is the whole world, or is one process long.
+
+    exchange: what two devices of one tensor group send each other without a process group's help.
+    """
 
     pipeline: dist.ProcessGroup | None = None
     data: dist.ProcessGroup | None = None
     tensor: dist.ProcessGroup | None = None
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class Topology:
     """Sizes of the three axes, this process's rank and, once connected, its process groups.
 
     All sizes are counts of processes; coordinates count from 0. `sequence`: inside a tensor group, norms and residuals
-    are sharded along the sequence.
+    are sharded along the sequence. `copies`: a tensor group of two sums by copies between its devices.
     """
 
     pipeline: int = 1
@@ -33,6 +38,7 @@ class Topology:
     tensor: int = 1
     rank: int = 0
     sequence: bool = False
+    copies: bool = False
     groups: Groups = field(default_factory=Groups, compare=False, repr=False)
 
     @classmethod
@@ -42,7 +48,14 @@ class Topology:
 
     @classmethod
     def from_world(
-        cls, world_size: int, rank: int, *, tensor: int = 1, pipeline: int = 1, sequence: bool = False
+        cls,
+        world_size: int,
+        rank: int,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        sequence: bool = False,
+        copies: bool = False,
     ) -> "Topology":
         """Lay `world_size` processes out; the data size is what tensor and pipeline leave.
 
@@ -61,12 +74,13 @@ class Topology:
             tensor=tensor,
             rank=rank,
             sequence=sequence and tensor > 1,
+            copies=copies and tensor == 2,
         )
 
     def connect(self) -> "Topology":
         """The same place with its process groups. Every rank of the world calls it, once."""
         mine = {axis: self._new_groups(axis) for axis in AXES if 1 < getattr(self, axis) < self.world_size}
-        return dataclasses.replace(self, groups=Groups(**mine))
+        return dataclasses.replace(self, groups=Groups(**mine, exchange=self._new_exchange(mine.get("tensor"))))
 
     def axis_ranks(self, axis: str) -> list[list[int]]:
         """World ranks of every group along `axis`, which is one of AXES."""
@@ -78,6 +92,9 @@ class Topology:
     def _new_groups(self, axis: str) -> dist.ProcessGroup:
         mine, _ = dist.new_subgroups_by_enumeration(self.axis_ranks(axis))
         return mine
+
+    def _new_exchange(self, group: dist.ProcessGroup | None) -> Exchange | None:
+        return Exchange(group) if self.copies and dist.get_backend(group) == dist.Backend.NCCL else None
 
     def __str__(self) -> str:
         return f"{self.world_size} = {self.pipeline} pipeline x {self.data} data x {self.tensor} tensor"

@@ -83,7 +83,12 @@ class Recipe:
                 f"{launch_command(needed)}. Without --multi_gpu, accelerate starts one process on a host without GPUs"
             )
         topology = Topology.from_world(
-            world_size, rank, tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence
+            world_size,
+            rank,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            sequence=parallel.sequence,
+            copies=parallel.messages == "copies",
         )
         if self.data.streams % topology.data:
             raise TopologyError(

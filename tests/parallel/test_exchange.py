@@ -1,0 +1,175 @@
+"""Messages of two ranks by copies: what they sum, whose memory they take, and when they leave it to the backend.
+
+On this host gloo stands for the copies; `test_exchange_gpu.py` has the real ones.
+"""
+
+import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neox_hf import GPTNeoXConfig, GPTNeoXLayer
+from neox_hf.parallel import Topology, exchange, topology
+from neox_hf.parallel.exchange import LEAST_BYTES, Exchange
+from neox_hf.parallel.messages import start_all_reduce
+from tests.gloo import run_ranks
+from tests.parallel.regions import region_of
+
+ELEMENTS = LEAST_BYTES // 4
+"""In fp32, of the smallest message that is copied."""
+
+
+class Place:
+    """Room for what the other rank sends, through gloo; `made` of them, of which one is `in_use` once."""
+
+    made: ClassVar[list["Place"]] = []
+
+    def __init__(self, size, group, device, number):
+        self.size, self.number, self.came, self.in_use = size, number, None, False
+        Place.made.append(self)
+
+    def exchange(self, tensor):
+        assert not self.in_use
+        assert tensor.numel() * tensor.element_size() == self.size
+        self.in_use, self.came = True, torch.empty_like(tensor)
+        other, sent = 1 - dist.get_rank(), tensor.clone()
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, self.came, other)]
+        ):
+            work.wait()
+
+    def add_to(self, tensor):
+        tensor += self.came
+        self.in_use = False
+
+
+class Lane:
+    def behind_current(self):
+        return nullcontext()
+
+    def mark(self):
+        return SimpleNamespace(wait=lambda: None)
+
+
+def exchange_of(group=None, make_place=Place):
+    Place.made.clear()
+    return Exchange(group, make_place, Lane)
+
+
+def summand(rank, elements, number):
+    return torch.randn(elements, generator=torch.Generator().manual_seed(17 * number + rank))
+
+
+def whole(elements, number):
+    return summand(0, elements, number) + summand(1, elements, number)
+
+
+def sums_of_many(rank):
+    """Up to three under way at once, of two sizes, through the one world's group."""
+    link, under_way = exchange_of(), []
+    for number in range(12):
+        elements = ELEMENTS * (1 + number % 2)
+        tensor = summand(rank, elements, number)
+        under_way.append((link.start(tensor), tensor, elements, number))
+        if len(under_way) == 3:
+            arrival, tensor, elements, number = under_way.pop(0)
+            arrival.wait()
+            assert torch.equal(tensor, whole(elements, number))
+    for arrival, tensor, elements, number in under_way:
+        arrival.wait()
+        assert torch.equal(tensor, whole(elements, number))
+    return sorted((place.size, place.number) for place in Place.made)
+
+
+def test_sums_and_what_memory_they_take():
+    """As many places of a size as were under way at once, each with its number."""
+    first, second = run_ranks(sums_of_many, 2)
+    assert first == second
+    assert [size // LEAST_BYTES for size, _ in first] == [1, 1, 2, 2]
+    assert sorted(number for _, number in first) == [0, 1, 2, 3]
+
+
+def what_is_left(rank):
+    link = exchange_of()
+    small = link.start(torch.ones(ELEMENTS - 4))
+    odd = link.start(torch.ones(4 * ELEMENTS + 1, dtype=torch.uint8))
+    exchange.is_capturing = lambda: True
+    unknown = link.start(torch.ones(ELEMENTS))
+    exchange.is_capturing = lambda: False
+    tensor = torch.ones(ELEMENTS)
+    link.start(tensor).wait()
+    exchange.is_capturing = lambda: True
+    known = link.start(tensor)
+    second = link.start(torch.ones(ELEMENTS))
+    known.wait()
+    return small, odd, unknown, second, tensor[0].item(), len(Place.made)
+
+
+def test_what_is_left_to_the_backend():
+    """Small messages, odd ones, and in a graph whatever has no memory yet: none is got while one is captured."""
+    assert run_ranks(what_is_left, 2) == [(None, None, None, None, 4.0, 1)] * 2
+
+
+def with_a_stranger(rank):
+    def make_place(*args):
+        if rank == 1:
+            raise RuntimeError("no peer access")
+        return Place(*args)
+
+    region = dataclasses.replace(region_of(rank), exchange=exchange_of(make_place=make_place))
+    tensors = [summand(rank, ELEMENTS, number) for number in range(2)]
+    for tensor in tensors:
+        start_all_reduce(tensor, region).wait()
+    sums = [torch.equal(tensor, whole(ELEMENTS, number)) for number, tensor in enumerate(tensors)]
+    return sums, region.exchange._possible, len(Place.made)
+
+
+def test_devices_that_do_not_reach_each_other_go_through_the_backend():
+    """Both of them, though one got its memory; nobody tries again."""
+    assert run_ranks(with_a_stranger, 2) == [([True, True], False, 1), ([True, True], False, 0)]
+
+
+def on_two_hosts(rank):
+    exchange.socket.gethostname = lambda: f"host-{rank}"
+    return exchange_of().start(torch.ones(ELEMENTS)), len(Place.made)
+
+
+def test_ranks_of_two_hosts_go_through_the_backend():
+    assert run_ranks(on_two_hosts, 2) == [(None, 0)] * 2
+
+
+def gradients_of_a_layer(rank):
+    """The same layer with messages by copies and by gloo: its output and gradients."""
+    config = GPTNeoXConfig(
+        vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256,
+        attn_implementation="eager",
+    )  # fmt: skip
+    found = []
+    for link in (None, exchange_of()):
+        torch.manual_seed(rank)
+        layer = GPTNeoXLayer(config, 0, dataclasses.replace(region_of(rank), exchange=link)).train()
+        x = torch.randn(4, 1024, 64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        angles = torch.zeros(1, 1024, 4)
+        layer(x, position_embeddings=(angles.cos(), angles.sin()))[0].square().mean().backward()
+        found.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    return len(Place.made), [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+
+
+def test_a_layer_is_the_same():
+    for made, alike in run_ranks(gradients_of_a_layer, 2):
+        assert made > 0
+        assert all(alike)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "backend", "asked", "copies"),
+    [(2, "nccl", True, True), (2, "nccl", False, False), (2, "gloo", True, False), (4, "nccl", True, False)],
+)
+def test_two_devices_that_are_asked_to_copy_do(tensor, backend, asked, copies, monkeypatch):
+    monkeypatch.setattr(topology.dist, "get_backend", lambda group=None: backend)
+    place = Topology.from_world(tensor, 0, tensor=tensor, copies=asked)
+    assert (place.connect().groups.exchange is not None) == copies

@@ -1,0 +1,89 @@
+"""Messages by copies between two devices; on a machine of one, between two processes that share it."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neox_hf.parallel.exchange import Exchange
+from tests.gloo import run_ranks
+
+pytestmark = pytest.mark.gpu
+
+ELEMENTS = 2**21
+"""bf16, 4 MiB."""
+
+
+def device_of(rank):
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def summand(rank, number, device):
+    random = torch.Generator(device).manual_seed(31 * number + rank)
+    return torch.randn(ELEMENTS, generator=random, device=device).bfloat16()
+
+
+def whole(number, device):
+    return summand(0, number, device) + summand(1, number, device)
+
+
+def many_at_once(rank):
+    device = device_of(rank)
+    link = Exchange(dist.group.WORLD)
+    alike = []
+    for number in range(0, 40, 4):
+        if rank == number % 3:
+            torch.cuda._sleep(10_000_000)  # one is behind
+        tensors = [summand(rank, number + place, device) for place in range(4)]
+        arrivals = [link.start(tensor) for tensor in tensors]
+        for arrival in arrivals:
+            arrival.wait()
+        alike += [torch.equal(tensor, whole(number + place, device)) for place, tensor in enumerate(tensors)]
+    return all(alike), link._made
+
+
+def test_sums():
+    assert run_ranks(many_at_once, 2) == [(True, 4)] * 2
+
+
+def in_a_graph(rank):
+    """A graph with messages behind products, replayed with other numbers, between messages outside."""
+    device = device_of(rank)
+    link = Exchange(dist.group.WORLD)
+    tensors = [summand(rank, number, device) for number in range(2)]
+    matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+
+    def step():
+        arrivals = []
+        for tensor in tensors:
+            arrivals.append(link.start(tensor))
+            matrix @ matrix
+        for arrival in arrivals:
+            arrival.wait()
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    alike = []
+    for turn in range(1, 30):
+        for number, tensor in enumerate(tensors):
+            tensor.copy_(summand(rank, 2 * turn + number, device))
+        if turn % 2 == rank:
+            torch.cuda._sleep(5_000_000)
+        graph.replay()
+        alike += [torch.equal(tensor, whole(2 * turn + number, device)) for number, tensor in enumerate(tensors)]
+        if turn % 5 == 0:
+            outside = summand(rank, 1000 + turn, device)
+            link.start(outside).wait()
+            alike.append(torch.equal(outside, whole(1000 + turn, device)))
+    return all(alike), link._made
+
+
+def test_in_a_graph():
+    assert run_ranks(in_a_graph, 2) == [(True, 2)] * 2
