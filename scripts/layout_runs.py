@@ -3,8 +3,8 @@ runs there.
 
 A layout is sizes and switches, joined by commas: `data`, `tensor`, `pipeline`, `zero` (the ZeRO stage), `sequence`,
 `copies` (messages of two tensor ranks by copies), `compiled`, `graphs` (CUDA graphs of the layers; `graphs=0`: none),
-`micro` (another micro-batch), `samples` (another global batch: one that grows with the devices tells what a device loses
-by having company).
+`micro` (another micro-batch), `samples` (another global batch: one that grows with the devices tells what a device
+loses by having company).
 """
 
 import argparse
