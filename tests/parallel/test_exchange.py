@@ -167,7 +167,13 @@ def test_a_layer_is_the_same():
 
 @pytest.mark.parametrize(
     ("tensor", "backend", "asked", "copies"),
-    [(2, "nccl", True, True), (2, "nccl", False, False), (2, "gloo", True, False), (4, "nccl", True, False)],
+    [
+        (2, "nccl", True, True),
+        (2, "cuda:nccl,cpu:gloo", True, True),
+        (2, "nccl", False, False),
+        (2, "gloo", True, False),
+        (4, "nccl", True, False),
+    ],
 )
 def test_two_devices_that_are_asked_to_copy_do(tensor, backend, asked, copies, monkeypatch):
     monkeypatch.setattr(topology.dist, "get_backend", lambda group=None: backend)
