@@ -44,10 +44,10 @@ class Arrival:
 
 
 class Lane:
-    """A stream of copies, beside the one that computes."""
+    """A stream of copies, beside the one that computes. Its signals go first: they are small, and products are not."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(priority=-1)
 
     def behind_current(self) -> AbstractContextManager[None]:
         """What is asked for in this context runs in the lane, behind all that was asked for before."""
