@@ -29,17 +29,22 @@ ALIGNMENT = 16
 
 
 class Arrival:
-    """What is under way: `wait()` adds what the other rank has sent."""
+    """What is under way. `wait()` adds what the other rank has sent to `tensor`, into `out`."""
 
     def __init__(
-        self, tensor: Tensor, place: PeerMemory, there: torch.Event, done: Callable[[PeerMemory], None]
+        self,
+        tensor: Tensor,
+        out: Tensor,
+        place: PeerMemory,
+        there: torch.Event,
+        done: Callable[[PeerMemory], None],
     ) -> None:
-        self._tensor, self._place, self._there, self._done = tensor, place, there, done
+        self._tensor, self._out, self._place, self._there, self._done = tensor, out, place, there, done
 
     def wait(self) -> None:
         """The device waits, not this thread."""
         self._there.wait()
-        self._place.add_to(self._tensor)
+        self._place.add(self._tensor, self._out)
         self._done(self._place)
 
 
@@ -78,8 +83,9 @@ class Exchange:
         self._lane: Lane | None = None
         self._possible: bool | None = None
 
-    def start(self, tensor: Tensor) -> Arrival | None:
-        """Sum a contiguous `tensor` over both ranks, in place. None, on both, where NCCL is to do it."""
+    def start(self, tensor: Tensor, out: Tensor) -> Arrival | None:
+        """out = the sum over both ranks of `tensor`, both contiguous; `out` may be `tensor`. None, on both ranks, where
+        NCCL is to do it."""
         size = tensor.numel() * tensor.element_size()
         if size < LEAST_BYTES or size % ALIGNMENT or self._possible is False:
             return None
@@ -89,7 +95,7 @@ class Exchange:
             return None
         with self._lane.behind_current():
             place.exchange(tensor)
-        return Arrival(tensor, place, self._lane.mark(), idle.append)
+        return Arrival(tensor, out, place, self._lane.mark(), idle.append)
 
     def _new_place(self, size: int, device: torch.device) -> PeerMemory | None:
         """None while a graph is captured, which can wait for no other process, and where the devices are strangers."""

@@ -40,9 +40,23 @@ def group_of(region: "TensorRegion") -> dist.ProcessGroup | None:
 def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> Message:
     """Sum `tensor` over the group, in place: by copies (`exchange.py`) where two devices can, else by the backend."""
     assert tensor.is_contiguous()
-    work = region.exchange.start(tensor) if region.exchange else None
-    work = work or dist.all_reduce(tensor, group=group_of(region), async_op=True)
-    return Message(work, tensor, lambda summed: summed)
+    return _by_copies(tensor, tensor, region) or _by_backend(tensor, region)
+
+
+def start_sum(tensor: Tensor, region: "TensorRegion") -> Message:
+    """The sum of `tensor` over the group, which may have other readers and stays as it is."""
+    tensor = tensor.contiguous()
+    message = _by_copies(tensor, torch.empty_like(tensor), region) if region.exchange else None
+    return message or _by_backend(tensor.clone(), region)
+
+
+def _by_copies(tensor: Tensor, out: Tensor, region: "TensorRegion") -> Message | None:
+    arrival = region.exchange.start(tensor, out) if region.exchange else None
+    return arrival and Message(arrival, out, lambda summed: summed)
+
+
+def _by_backend(tensor: Tensor, region: "TensorRegion") -> Message:
+    return Message(dist.all_reduce(tensor, group=group_of(region), async_op=True), tensor, lambda summed: summed)
 
 
 def start_gather(tensor: Tensor, region: "TensorRegion") -> Message:

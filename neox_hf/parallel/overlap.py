@@ -18,9 +18,9 @@ from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
 from neox_hf.parallel.messages import (
     Message,
-    start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
+    start_sum,
 )
 from neox_hf.parallel.operands import in_autocast_dtype, weight_gradients
 from neox_hf.parallel.tensor_region import TensorRegion
@@ -66,9 +66,7 @@ class _EnterAheadOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, partial: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, *wanted = ctx.needs_input_grad[2:]
-        # A copy: the incoming gradient may have other readers.
-        travelling = partial.clone(memory_format=torch.contiguous_format) if wants_x else None
-        message = None if travelling is None else start_all_reduce(travelling, ctx.region)
+        message = start_sum(partial, ctx.region) if wants_x else None  # the gradient may have other readers
         gradients: list[Tensor | None] = []
         for index, postponed in enumerate(ctx.postponed):
             gradients += postponed.take((wanted[2 * index], wanted[2 * index + 1]))

@@ -38,7 +38,7 @@ class PeerMemory:
         self._handle.put_signal(self._peer, self._arrived)
         self._handle.wait_signal(self._peer, self._arrived)
 
-    def add_to(self, tensor: Tensor) -> None:
-        """Add what came, and let the other send again; on the current stream."""
-        tensor.view(-1).add_(self._mine.view(tensor.dtype))
+    def add(self, tensor: Tensor, out: Tensor) -> None:
+        """out = `tensor` + what came; then the other may send again. On the current stream."""
+        torch.add(tensor.view(-1), self._mine.view(tensor.dtype), out=out.view(-1))
         self._handle.put_signal(self._peer, self._read)

@@ -32,6 +32,7 @@ from neox_hf.parallel.messages import (
     start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
+    start_sum,
 )
 from neox_hf.parallel.random import own_random
 from neox_hf.parallel.topology import Topology
@@ -153,8 +154,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, partial: Tensor) -> tuple[None, Tensor]:
-        # A copy: the incoming gradient may have other readers.
-        return None, start_all_reduce(partial.clone(memory_format=torch.contiguous_format), ctx.region).wait()
+        return None, start_sum(partial, ctx.region).wait()  # the gradient may have other readers
 
 
 class _Leave(torch.autograd.Function):
@@ -165,8 +165,7 @@ class _Leave(torch.autograd.Function):
         if region.sequence:
             region.share(total.shape[1], SEQUENCE_LENGTH)
             return start_reduce_scatter_sequence(total, region).wait()
-        total = total if others else total.clone(memory_format=torch.contiguous_format)
-        return start_all_reduce(total, region).wait()
+        return (start_all_reduce if others else start_sum)(total, region).wait()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

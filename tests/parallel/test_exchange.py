@@ -42,8 +42,8 @@ class Place:
         ):
             work.wait()
 
-    def add_to(self, tensor):
-        tensor += self.came
+    def add(self, tensor, out):
+        torch.add(tensor, self.came, out=out)
         self.in_use = False
 
 
@@ -74,7 +74,7 @@ def sums_of_many(rank):
     for number in range(12):
         elements = ELEMENTS * (1 + number % 2)
         tensor = summand(rank, elements, number)
-        under_way.append((link.start(tensor), tensor, elements, number))
+        under_way.append((link.start(tensor, tensor), tensor, elements, number))
         if len(under_way) == 3:
             arrival, tensor, elements, number = under_way.pop(0)
             arrival.wait()
@@ -95,16 +95,16 @@ def test_sums_and_what_memory_they_take():
 
 def what_is_left(rank):
     link = exchange_of()
-    small = link.start(torch.ones(ELEMENTS - 4))
-    odd = link.start(torch.ones(4 * ELEMENTS + 1, dtype=torch.uint8))
+    small = link.start(*2 * [torch.ones(ELEMENTS - 4)])
+    odd = link.start(*2 * [torch.ones(4 * ELEMENTS + 1, dtype=torch.uint8)])
     exchange.is_capturing = lambda: True
-    unknown = link.start(torch.ones(ELEMENTS))
+    unknown = link.start(*2 * [torch.ones(ELEMENTS)])
     exchange.is_capturing = lambda: False
     tensor = torch.ones(ELEMENTS)
-    link.start(tensor).wait()
+    link.start(tensor, tensor).wait()
     exchange.is_capturing = lambda: True
-    known = link.start(tensor)
-    second = link.start(torch.ones(ELEMENTS))
+    known = link.start(tensor, tensor)
+    second = link.start(*2 * [torch.ones(ELEMENTS)])
     known.wait()
     return small, odd, unknown, second, tensor[0].item(), len(Place.made)
 
@@ -135,7 +135,7 @@ def test_devices_that_do_not_reach_each_other_go_through_the_backend():
 
 def on_two_hosts(rank):
     exchange.socket.gethostname = lambda: f"host-{rank}"
-    return exchange_of().start(torch.ones(ELEMENTS)), len(Place.made)
+    return exchange_of().start(*2 * [torch.ones(ELEMENTS)]), len(Place.made)
 
 
 def test_ranks_of_two_hosts_go_through_the_backend():

@@ -39,7 +39,7 @@ def many_at_once(rank):
         if rank == number % 3:
             torch.cuda._sleep(10_000_000)  # one is behind
         tensors = [summand(rank, number + place, device) for place in range(4)]
-        arrivals = [link.start(tensor) for tensor in tensors]
+        arrivals = [link.start(tensor, tensor) for tensor in tensors]
         for arrival in arrivals:
             arrival.wait()
         alike += [torch.equal(tensor, whole(number + place, device)) for place, tensor in enumerate(tensors)]
@@ -60,7 +60,7 @@ def in_a_graph(rank):
     def step():
         arrivals = []
         for tensor in tensors:
-            arrivals.append(link.start(tensor))
+            arrivals.append(link.start(tensor, tensor))
             matrix @ matrix
         for arrival in arrivals:
             arrival.wait()
@@ -80,7 +80,7 @@ def in_a_graph(rank):
         alike += [torch.equal(tensor, whole(2 * turn + number, device)) for number, tensor in enumerate(tensors)]
         if turn % 5 == 0:
             outside = summand(rank, 1000 + turn, device)
-            link.start(outside).wait()
+            link.start(outside, outside).wait()
             alike.append(torch.equal(outside, whole(1000 + turn, device)))
     return all(alike), link._made
 
