@@ -12,6 +12,7 @@ import functools
 import logging
 import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,6 +36,10 @@ FINALISTS = 4
 
 STEADY_ROUNDS, STEADY_MS = 3, 35.0
 """Turns of a finalist; it runs for so long untimed, in which the clock settles, and for as long timed."""
+
+SECONDS_AT_ONCE, SHARE_OF_TIME = 60.0, 0.02
+"""What a run spends on measuring: a minute, enough for every product of a model at one batch size, and then so much of
+its time. Batches of ever other lengths would else be measured for longer than their products gain."""
 
 KEPT_BITS = 4
 """Sizes of one kind agree in so many leading bits: batches of many lengths are not measured one by one."""
@@ -74,6 +79,7 @@ class ProductChoices:
         self._library, self.file = library, file
         self.measured = file.read()
         self._lock = threading.Lock()
+        self._begin, self._spent = time.monotonic(), 0.0
         self.plans: dict[Problem, Plan | None] = {}
 
     def make_plan(self, problem: Problem, operands: Callable[[], Operands]) -> Plan | None:
@@ -81,7 +87,7 @@ class ProductChoices:
         with self._lock:
             try:
                 plan = self._plan(problem, operands)
-            except _CapturingError:
+            except _NotNowError:
                 return None  # and ask again next time
             except (CublasLtError, torch.OutOfMemoryError) as error:
                 logger.info("product %s is left to torch: %s", kind_of(problem), error)
@@ -92,20 +98,31 @@ class ProductChoices:
             return plan
 
     def _plan(self, problem: Problem, operands: Callable[[], Operands]) -> Plan | None:
-        kind, product = kind_of(problem), Product(self._library, problem)
+        kind = kind_of(problem)
+        if kind not in self.measured and not self._may_measure():
+            raise _NotNowError
+        product = Product(self._library, problem)
         if kind not in self.measured:
-            if torch.cuda.is_current_stream_capturing():
-                raise _CapturingError
-            found = measure(product, operands())
-            logger.info("product %s: %.4f ms, by torch %.4f", kind, found.ms, found.torch_ms)
-            self.measured[kind] = self.file.agree(kind, found)
+            self.measured[kind] = self.file.agree(kind, self._measure(kind, product, operands()))
         text = self.measured[kind].algorithm
         algorithm = None if text is None else product.restored(text)
         return None if algorithm is None else Plan(product, algorithm)
 
+    def _may_measure(self) -> bool:
+        now = time.monotonic()
+        within = self._spent <= SECONDS_AT_ONCE + SHARE_OF_TIME * (now - self._begin)
+        return within and not torch.cuda.is_current_stream_capturing()
 
-class _CapturingError(Exception):
-    """Nothing can be measured while a CUDA graph is captured."""
+    def _measure(self, kind: str, product: Product, operands: Operands) -> Measured:
+        begin = time.monotonic()
+        found = measure(product, operands)
+        self._spent += time.monotonic() - begin
+        logger.info("product %s: %.4f ms, by torch %.4f", kind, found.ms, found.torch_ms)
+        return found
+
+
+class _NotNowError(Exception):
+    """A CUDA graph is captured, or measuring has taken its share of the time."""
 
 
 @functools.cache

@@ -444,6 +444,34 @@ def test_turns_are_timed_behind_as_many_calls_untimed(on_the_host, monkeypatch):
     assert (ticks.count(3.0), ticks.count(1.0)) == (5 * 2 * 2, 5 * 2 * 6)
 
 
+def test_measuring_has_a_share_of_the_time(choices, library, tmp_path, monkeypatch):
+    """Of a run in which every measurement takes 40 s: two at once, the next when 50 times as long has gone by."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(product_choice, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    measure = product_choice.measure
+
+    def slow(product, operands):
+        clock.now += 40
+        return measure(product, operands)
+
+    monkeypatch.setattr(product_choice, "measure", slow)
+    choices._begin = clock.now
+
+    def kinds_after(columns):
+        a, b = operand(64, 32), operand(32, columns, True)
+        close(product_(torch.empty(64, columns).bfloat16(), a, b), exact(a, b))
+        return len(said_in(file_in(tmp_path)))
+
+    assert [kinds_after(columns) for columns in (16, 32, 48, 48)] == [1, 2, 2, 2]
+    clock.now = 1000.0 + 20 * 50 - 1
+    assert kinds_after(48) == 2
+    clock.now += 1
+    assert kinds_after(48) == 3
+    library.launched.clear()
+    kinds_after(48)
+    assert library.launched == [2]
+
+
 def test_who_is_in_front_is_timed_again_for_as_long_as_a_clock_takes_to_settle(choices, library, monkeypatch):
     """The first of all in a short time, which is not the first over a longer one."""
     library.algorithms = 6
