@@ -8,6 +8,11 @@ them.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _symmetric_memory as symmetric_memory
+
+PATIENCE_MS = 30 * 60 * 1000
+"""After which a signal that does not come ends the process, as the backend's messages do: TrainingArguments'
+`ddp_timeout`."""
 
 
 class PeerMemory:
@@ -20,25 +25,28 @@ class PeerMemory:
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device, number: int) -> None:
-        # Not everywhere that torch runs has it (no CUDA on Windows, for one).
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
         self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
         torch.cuda.synchronize(device)  # its signals are cleared, before the other rank gives one
         self._handle = symmetric_memory.rendezvous(self._mine, group)
         self._peer = 1 - self._handle.rank
         self._theirs = self._handle.get_buffer(self._peer, (size,), torch.uint8)
         self._arrived, self._read = 2 * number, 2 * number + 1
-        self._handle.put_signal(self._peer, self._read)
+        self._signal(self._read)
 
     def exchange(self, tensor: Tensor) -> None:
         """Send `tensor` [size bytes], and wait for the other's; on the current stream."""
-        self._handle.wait_signal(self._peer, self._read)
+        self._await(self._read)
         self._theirs.view(tensor.dtype).copy_(tensor.flatten())
-        self._handle.put_signal(self._peer, self._arrived)
-        self._handle.wait_signal(self._peer, self._arrived)
+        self._signal(self._arrived)
+        self._await(self._arrived)
 
     def add(self, tensor: Tensor, out: Tensor) -> None:
         """out = `tensor` + what came; then the other may send again. On the current stream."""
         torch.add(tensor.view(-1), self._mine.view(tensor.dtype), out=out.view(-1))
-        self._handle.put_signal(self._peer, self._read)
+        self._signal(self._read)
+
+    def _signal(self, what: int) -> None:
+        self._handle.put_signal(self._peer, what, PATIENCE_MS)
+
+    def _await(self, what: int) -> None:
+        self._handle.wait_signal(self._peer, what, PATIENCE_MS)

@@ -1,0 +1,96 @@
+"""What two ranks tell each other about their memory, on the host: each rank is a thread, what is waited for is time."""
+
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from neox_hf.parallel import peer_memory
+from neox_hf.parallel.peer_memory import PeerMemory
+
+SIZE, PLACES, TURNS = 64, 3, 60
+
+
+class Device:
+    """The memory of two ranks, and signals that are there or not. One that is given twice is an error."""
+
+    def __init__(self):
+        self.buffers = {}
+        self.signals = set()
+        self.changed = threading.Condition()
+
+    def handle(self, rank, number):
+        def put_signal(peer, channel, timeout_ms):
+            with self.changed:
+                assert (peer, channel) not in self.signals
+                self.signals.add((peer, channel))
+                self.changed.notify_all()
+
+        def wait_signal(peer, channel, timeout_ms):
+            with self.changed:
+                assert self.changed.wait_for(lambda: (rank, channel) in self.signals, 20)
+                self.signals.remove((rank, channel))
+
+        def get_buffer(peer, size, dtype):
+            with self.changed:
+                assert self.changed.wait_for(lambda: (peer, number) in self.buffers, 20)
+            return self.buffers[peer, number]
+
+        return SimpleNamespace(rank=rank, put_signal=put_signal, wait_signal=wait_signal, get_buffer=get_buffer)
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """A place of a rank, by number."""
+    device, made = Device(), threading.local()
+
+    def empty(size, dtype, device):
+        return torch.zeros(size, dtype=dtype)
+
+    def rendezvous(mine, group):
+        with device.changed:
+            device.buffers[made.rank, made.number] = mine
+            device.changed.notify_all()
+        return device.handle(made.rank, made.number)
+
+    def make(rank, number):
+        made.rank, made.number = rank, number
+        return PeerMemory(SIZE, None, torch.device("cpu"), number)
+
+    monkeypatch.setattr(peer_memory, "symmetric_memory", SimpleNamespace(empty=empty, rendezvous=rendezvous))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return make
+
+
+def test_nothing_is_overwritten_before_it_is_read(make):
+    """Messages of a rank that is now ahead and now behind, all places in use at once."""
+    wrong, failed = [], []
+
+    def run(rank):
+        try:
+            delays = random.Random(rank)
+            places = [make(rank, number) for number in range(PLACES)]
+            for turn in range(TURNS):
+                sent = [torch.full((SIZE // 4,), 100.0 * turn + 10 * number + rank) for number in range(PLACES)]
+                for place, tensor in zip(places, sent, strict=True):
+                    place.exchange(tensor)
+                    time.sleep(delays.choice([0, 0, 0.002]))
+                for number, (place, tensor) in enumerate(zip(places, sent, strict=True)):
+                    out = torch.empty_like(tensor)
+                    place.add(tensor, out)
+                    time.sleep(delays.choice([0, 0, 0.002]))
+                    if not (out == 2 * (100.0 * turn + 10 * number) + 1).all():
+                        wrong.append((rank, turn, number))
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            failed.append(error)
+
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert failed == []
+    assert wrong == []
