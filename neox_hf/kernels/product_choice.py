@@ -32,7 +32,7 @@ QUICK_ROUNDS, QUICK_CALLS = 5, 2
 """Turns, and calls in each, by which the finalists are found. The median counts, since clocks drift."""
 
 FINALISTS = 4
-"""Beside torch's product. The one with the least energy has been up to 4 % behind in cycles, seldom below fourth."""
+"""Beside torch's product. The one that wins at the clock it is left has been up to 4 % behind in cycles."""
 
 STEADY_ROUNDS, STEADY_MS = 3, 35.0
 """Turns of a finalist; it runs for so long untimed, in which the clock settles, and for as long timed."""

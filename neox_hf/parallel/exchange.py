@@ -109,8 +109,9 @@ class Exchange:
 
     def _first_place(self, size: int, device: torch.device) -> PeerMemory | None:
         """One that both ranks have got, or none on either."""
-        place, reason = None, None
+        place, reason = None, "its ranks are on two hosts"
         if self._on_one_host():
+            reason = "the other rank was refused"
             try:
                 place = self._make_place(size, self._group_or_world(), device, 0)
             except RuntimeError as error:
@@ -119,7 +120,11 @@ class Exchange:
         dist.all_reduce(got, dist.ReduceOp.MIN, group=self._group)
         self._possible = bool(got)
         if not self._possible:
-            logger.info("tensor-parallel messages go through NCCL: no device reaches the other's memory (%s)", reason)
+            logger.warning(
+                "parallel.messages = copies: this tensor group's devices do not reach each other's memory (%s); messages "
+                "go through NCCL",
+                reason,
+            )
             return None
         self._made, self._lane = 1, self._make_lane()
         return place

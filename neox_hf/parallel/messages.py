@@ -45,9 +45,12 @@ def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> Message:
 
 def start_sum(tensor: Tensor, region: "TensorRegion") -> Message:
     """The sum of `tensor` over the group, which may have other readers and stays as it is."""
-    tensor = tensor.contiguous()
-    message = _by_copies(tensor, torch.empty_like(tensor), region) if region.exchange else None
-    return message or _by_backend(tensor.clone(), region)
+    if region.exchange:
+        whole = tensor.contiguous()
+        message = _by_copies(whole, torch.empty_like(whole), region)
+        if message:
+            return message
+    return _by_backend(tensor.clone(memory_format=torch.contiguous_format), region)
 
 
 def _by_copies(tensor: Tensor, out: Tensor, region: "TensorRegion") -> Message | None:

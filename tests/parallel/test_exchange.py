@@ -175,7 +175,8 @@ def test_a_layer_is_the_same():
         (4, "nccl", True, False),
     ],
 )
-def test_two_devices_that_are_asked_to_copy_do(tensor, backend, asked, copies, monkeypatch):
+def test_two_devices_that_are_asked_to_copy_do(tensor, backend, asked, copies, monkeypatch, caplog):
     monkeypatch.setattr(topology.dist, "get_backend", lambda group=None: backend)
     place = Topology.from_world(tensor, 0, tensor=tensor, copies=asked)
     assert (place.connect().groups.exchange is not None) == copies
+    assert ("copies is for CUDA devices; messages go through gloo" in caplog.text) == (backend == "gloo")
