@@ -121,8 +121,8 @@ class Exchange:
         self._possible = bool(got)
         if not self._possible:
             logger.warning(
-                "parallel.messages = copies: this tensor group's devices do not reach each other's memory (%s); messages "
-                "go through NCCL",
+                "parallel.messages = copies: this tensor group's devices do not reach each other's memory (%s); "
+                "messages go through NCCL",
                 reason,
             )
             return None
