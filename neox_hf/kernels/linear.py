@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.once_differentiable import once_differentiable
-from neox_hf.kernels.product import is_chosen, linear_product, product_
-from neox_hf.kernels.weight_gradient import AddProduct, adder_of
+from neox_hf.kernels.product import is_chosen, linear_product
+from neox_hf.kernels.weight_gradient import AddProduct, adder_of, weight_gradient
 
 
 class _SummingLinear(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _ChoosingLinear(torch.autograd.Function):
         tokens, for_weight = gradient.flatten(0, -2), None
         for_x = linear_product(gradient, weight.t(), backend=ctx.backend) if wants_x else None
         if wants_weight:
-            for_weight = product_(torch.empty_like(weight), tokens.t(), x.flatten(0, -2), backend=ctx.backend)
+            for_weight = weight_gradient(tokens, x.flatten(0, -2), backend=ctx.backend)
         return for_x, for_weight, tokens.sum(0) if wants_bias else None, None
 
 

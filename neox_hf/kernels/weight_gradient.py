@@ -101,6 +101,11 @@ def sum_in(weight: nn.Parameter, total: GradientSum) -> None:
     setattr(weight, ATTRIBUTE, total)
 
 
+def weight_gradient(gradient: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
+    """gradient [T, out]^T x [T, in] by itself, in their dtype, where autograd is to sum it. backend: of `product_`."""
+    return product_(gradient.new_empty(gradient.shape[1], x.shape[1]), gradient.t(), x, backend=backend)
+
+
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, backend: str = "auto") -> None:
     """total [V, H] += a^T b for a [C, V] and b [C, H], summed in the dtype of `total`, at least as wide as theirs.
 

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from neox_hf.kernels.autocast import autocast_dtype
-from neox_hf.kernels.product import product_
-from neox_hf.kernels.weight_gradient import AddProduct
+from neox_hf.kernels.weight_gradient import AddProduct, weight_gradient
 
 
 def weight_gradients(
@@ -17,9 +16,7 @@ def weight_gradients(
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if add is not None:
         add(gradient, x)
-    for_weight = None
-    if wanted[0]:
-        for_weight = product_(gradient.new_empty(gradient.shape[1], x.shape[1]), gradient.t(), x, backend=backend)
+    for_weight = weight_gradient(gradient, x, backend=backend) if wanted[0] else None
     return for_weight, gradient.sum(0) if wanted[1] else None
 
 
