@@ -2,9 +2,9 @@
 runs there.
 
 A layout is sizes and switches, joined by commas: `data`, `tensor`, `pipeline`, `zero` (the ZeRO stage), `sequence`,
-`copies` (messages of two tensor ranks by copies), `compiled`, `graphs` (CUDA graphs of the layers; `graphs=0`: none),
-`micro` (another micro-batch), `samples` (another global batch: one that grows with the devices tells what a device
-loses by having company).
+`backend` (messages of two tensor ranks by NCCL, not by copies), `compiled`, `graphs` (CUDA graphs of the layers;
+`graphs=0`: none), `micro` (another micro-batch), `samples` (another global batch: one that grows with the devices tells
+what a device loses by having company).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from neox_hf.training.recipe import Recipe, load_recipe
 from neox_hf.training.trainer import NeoXTrainer
 
 SIZES = ("data", "tensor", "pipeline", "zero", "micro", "samples")
-SWITCHES = ("sequence", "copies", "compiled", "graphs", "ddp")
+SWITCHES = ("sequence", "backend", "compiled", "graphs", "ddp")
 TIMEOUT_SECONDS = 300
 
 Figures = dict[str, Any]
@@ -81,7 +81,7 @@ class Run:
             f"parallel.tensor={layout.get('tensor', 1)}",
             f"parallel.pipeline={layout.get('pipeline', 1)}",
             f"parallel.sequence={str(bool(layout.get('sequence'))).lower()}",
-            f"parallel.messages={'copies' if layout.get('copies') else 'backend'}",
+            f"parallel.messages={'backend' if layout.get('backend') else 'auto'}",
             f"parallel.zero_stage={layout.get('zero', 0)}",
             f"train.torch_compile={str(bool(layout.get('compiled'))).lower()}",
             f"train.cuda_graphs={str(bool(layout['graphs'])).lower() if 'graphs' in layout else 'auto'}",

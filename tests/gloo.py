@@ -11,7 +11,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext, ForkServerContext
 from typing import Any
 
 COVERAGE_FILE = "RANKS_COVERAGE_FILE"
@@ -22,12 +22,15 @@ PRELOAD = ["tests.ready_for_ranks"]
 TIMEOUT_SECONDS = 240
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, context: BaseContext | None = None
+) -> list[Any]:
     """`function(rank, *args)` on each of `world_size` gloo ranks; what they return, by rank.
 
-    `function` must be importable, and what goes in and out must pickle.
+    `function` must be importable, and what goes in and out must pickle. context: for ranks that use CUDA, which what
+    the fork server has imported may have started there already.
     """
-    context = fork_server()
+    context = context or fork_server()
     results = context.SimpleQueue()
     port = free_port()
     ranks = [

@@ -93,7 +93,9 @@ def _draw(seed, pair, column):
 
 @triton.jit
 def _branch(values, bias, at, inside, column, columns, word, drop_below, scale):
-    value = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.zeros_like(at).to(tl.float32)
+    if values is not None:
+        value += tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     if word is not None:
@@ -120,7 +122,7 @@ def _forward_kernel(
         total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         word = even1 if half == 0 else odd1
         total += _branch(first, bias1, at, inside, column, columns, word, drop_below, scale)
-        if second is not None:
+        if second is not None or bias2 is not None:
             word = even2 if half == 0 else odd2
             total += _branch(second, bias2, at, inside, column, columns, word, drop_below, scale)
         tl.store(y + at, total, mask=inside)
@@ -177,15 +179,22 @@ def _forward(
     probability: float,
     seed: Tensor | None,
 ) -> Tensor:
-    inputs = [tensor if tensor is None else tensor.contiguous() for tensor in (x, first, bias1, second, bias2)]
     y = torch.empty(x.shape, dtype=_result_dtype(x, first, second), device=x.device)
-    if x.numel() == 0:
-        return y
-    columns = x.shape[-1]
-    rows = x.numel() // columns
+    _launch_forward(y, (x, first, bias1, second, bias2), probability, seed)
+    return y
+
+
+def _launch_forward(
+    y: Tensor, inputs: tuple[Tensor | None, ...], probability: float = 0.0, seed: Tensor | None = None
+) -> None:
+    """y, contiguous, from x, first, bias1, second, bias2."""
+    if y.numel() == 0:
+        return
+    columns = y.shape[-1]
+    rows = y.numel() // columns
     grid = column_grid(rows, columns, PAIR, width=FORWARD.chosen(y.device, y.dtype, columns).width)
     _forward_kernel[grid.programs](
-        *inputs,
+        *[tensor if tensor is None else tensor.contiguous() for tensor in inputs],
         y,
         seed,
         *_dropout_numbers(probability),
@@ -195,7 +204,6 @@ def _forward(
         WIDTH=grid.width,
         num_warps=grid.warps,
     )
-    return y
 
 
 @register_fake(_forward)
@@ -280,19 +288,34 @@ class _BiasDropoutResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
-        # One dtype for both sums, as both biases have but for the oddest models; the other is rounded from it.
-        sum_dtype = next((dtype for dtype in ctx.bias_dtypes if dtype is not None), None)
         first = second = dy
-        sums = [None, None]
-        if seed is not None:
-            first, second, both = _dropout_backward(dy, ctx.probability, seed, ctx.branches, sum_dtype)
-            sums = [None, None] if sum_dtype is None else both.unbind()
-        elif sum_dtype is not None:
-            sums = [column_sums(dy, sum_dtype)] * 2
-        dbias1, dbias2 = (
-            None if dtype is None else total.to(dtype) for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
-        )
+        if seed is None:
+            dbias1, dbias2 = bias_gradients(dy, *ctx.bias_dtypes)
+        else:
+            sum_dtype = _sum_dtype(*ctx.bias_dtypes)
+            first, second, sums = _dropout_backward(dy, ctx.probability, seed, ctx.branches, sum_dtype)
+            dbias1, dbias2 = (
+                None if dtype is None else total.to(dtype)
+                for total, dtype in zip(sums, ctx.bias_dtypes, strict=sum_dtype is not None)
+            )
         return dy, first, dbias1, second if ctx.branches == 2 else None, dbias2, None, None
+
+
+def _sum_dtype(*dtypes: torch.dtype | None) -> torch.dtype | None:
+    """One dtype for both sums, as both biases have but for the oddest models; the other is rounded from it."""
+    return next((dtype for dtype in dtypes if dtype is not None), None)
+
+
+def bias_gradients(
+    dy: Tensor, dtype1: torch.dtype | None, dtype2: torch.dtype | None, *, backend: str = "triton"
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of both biases without dropout, in one pass; None for one that wants none."""
+    sum_dtype = _sum_dtype(dtype1, dtype2)
+    if sum_dtype is None:
+        return None, None
+    has_kernel = BIAS_DROPOUT_RESIDUAL.has_kernel_for(backend, dy)
+    total = column_sums(dy, sum_dtype) if has_kernel else dy.flatten(0, -2).sum(0, dtype=sum_dtype)
+    return tuple(None if dtype is None else total.to(dtype) for dtype in (dtype1, dtype2))
 
 
 def bias_dropout_residual_triton(
@@ -311,6 +334,24 @@ def bias_dropout_residual_triton(
 BIAS_DROPOUT_RESIDUAL = Op(
     "bias_dropout_residual", torch=bias_dropout_residual_reference, triton=bias_dropout_residual_triton
 )
+
+
+def fill_residual_(
+    out: Tensor,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    *,
+    backend: str = "auto",
+) -> None:
+    """out = x + first [+ second] + biases, for a caller that knows the gradients. out: contiguous, [..., H]."""
+    bias1, bias2 = biases
+    if BIAS_DROPOUT_RESIDUAL.has_kernel_for(backend, x):
+        _launch_forward(out, (x, first, bias1, second, bias2))
+        return
+    second = torch.zeros_like(first) if second is None else second
+    out.copy_(bias_dropout_residual_reference(x, first, bias1, second, bias2, 0.0, None))
 
 
 def bias_dropout_residual(

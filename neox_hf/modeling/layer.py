@@ -11,7 +11,7 @@ from neox_hf.modeling.attention import GPTNeoXAttention
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GPTNeoXMLP
-from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize, normalize_twice
+from neox_hf.modeling.norms import GPTNeoXLayerNorm, affines_of, normalize, normalize_twice
 from neox_hf.parallel import ALONE, Linear, RowParallelLinear, TensorRegion, enter, leave_by_parts
 
 
@@ -57,26 +57,28 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         }
         region = self.region.in_mode(self.training)
         if self.use_parallel_residual:
-            entered = enter(hidden_states, region, self.attention, self.mlp)
-            stream, *normed = normalize_twice(self.input_layernorm, self.post_attention_layernorm, entered)
+            norms = self.input_layernorm, self.post_attention_layernorm
+            entered, affines = enter(hidden_states, region, affines_of(*norms), self.attention, self.mlp)
+            stream, *normed = normalize_twice(*norms, affines, entered)
             dropouts = (self.post_attention_dropout, self.post_mlp_dropout)
             if self._leaves_by_parts(region, dropouts):
                 attended = self.attention.attended(normed[0], **seen)[0]
-                branches = (attended, self.attention.dense), (self.mlp.activated(normed[1]), self.mlp.dense_4h_to_h)
-                return self._joined_by_parts(hidden_states, region, *branches)
+                mlp = self.mlp.activated(normed[1])
+                outside = self._outside(hidden_states, stream, region)
+                return leave_by_parts(region, outside, (attended, self.attention.dense), (mlp, self.mlp.dense_4h_to_h))
             biases = self._biases_left(stream, region, dropouts)
             leave = {"leave_bias": True} if biases else {}
             branches = (self.attention(normed[0], **leave, **seen)[0], self.mlp(normed[1], **leave))
-            return self._joined(self._outside(hidden_states, stream), region, branches, dropouts, biases)
+            return self._joined(self._outside(hidden_states, stream, region), region, branches, dropouts, biases)
 
-        entered = enter(hidden_states, region, self.attention)
-        stream, normed = normalize(self.input_layernorm, entered)
-        stream = self._outside(hidden_states, stream)
+        entered, affine = enter(hidden_states, region, affines_of(self.input_layernorm), self.attention)
+        stream, normed = normalize(self.input_layernorm, affine, entered)
+        stream = self._outside(hidden_states, stream, region)
         branch = self.attention(normed, **seen)[0]
         hidden_states = self._joined(stream, region, (branch,), (self.post_attention_dropout,))
-        entered = enter(hidden_states, region, self.mlp)
-        stream, normed = normalize(self.post_attention_layernorm, entered)
-        stream = self._outside(hidden_states, stream)
+        entered, affine = enter(hidden_states, region, affines_of(self.post_attention_layernorm), self.mlp)
+        stream, normed = normalize(self.post_attention_layernorm, affine, entered)
+        stream = self._outside(hidden_states, stream, region)
         return self._joined(stream, region, (self.mlp(normed),), (self.post_mlp_dropout,))
 
     def _leaves_by_parts(self, region: TensorRegion, dropouts: tuple[nn.Module, ...]) -> bool:
@@ -86,15 +88,6 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         idle = all(is_bare(dropout, nn.Dropout) and not (dropout.p and self.training) for dropout in dropouts)
         bare = is_bare(self.attention, GPTNeoXAttention) and is_bare(self.mlp, GPTNeoXMLP)
         return idle and bare and all(is_bare(each, RowParallelLinear) for each in self._dense)
-
-    def _joined_by_parts(
-        self, stream: Tensor, region: TensorRegion, *branches: tuple[Tensor, RowParallelLinear]
-    ) -> Tensor:
-        """stream + the products of the branches' row linears, which hide their message, + their biases."""
-        total = leave_by_parts(region, *branches)
-        biases = [linear.bias for _, linear in branches if linear.bias is not None]
-        bias = sum(biases[1:], biases[0]) if biases else None
-        return bias_dropout_residual(stream, total, bias, None, None, 0.0, None, backend=self.kernels)
 
     @property
     def _dense(self) -> tuple[nn.Module, nn.Module]:
@@ -142,6 +135,9 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         dropped = [dropout(branch) for dropout, branch in zip(dropouts, branches, strict=True)]
         return residual_add(stream, *region.leave_together(*dropped), backend=self.kernels)
 
-    def _outside(self, before: Tensor, entered: Tensor) -> Tensor:
-        """The residual stream: what entered the region, unless gradients are partial in there."""
-        return entered if self.region.size == 1 else before
+    def _outside(self, before: Tensor, entered: Tensor, region: TensorRegion) -> Tensor:
+        """The residual stream, whose gradient meets that of the norms in their kernel. Where gradients in there are
+        partial, the stream's counts once, so that one rank alone has it: `enter` sums it with the others."""
+        if region.size == 1 or region.sequence or region.rank == 0:
+            return entered
+        return before.detach()

@@ -27,19 +27,30 @@ class GPTNeoXLayerNorm(nn.LayerNorm):
         return layer_norm(hidden_states, weight, bias, self.eps, backend=self.kernels)
 
 
-def normalize(norm: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """`x, norm(x)`. The x that comes back is for the residual stream: gradients of both meet in one op."""
-    if not is_bare(norm, GPTNeoXLayerNorm):
+def affines_of(*norms: nn.Module) -> tuple[Tensor, ...]:
+    """Weight and bias of each, where one op may compute all of them; else none: each has to be called."""
+    bare = all(is_bare(norm, GPTNeoXLayerNorm) for norm in norms)
+    if not (bare and all(norm.eps == norms[0].eps for norm in norms)):
+        return ()
+    return tuple(parameter for norm in norms for parameter in (norm.weight, norm.bias))
+
+
+def normalize(norm: nn.Module, affine: tuple[Tensor, ...], hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """`x, norm(x)`. The x that comes back is for the residual stream: gradients of both meet in one op.
+
+    affine: of `affines_of`, as it is inside the region.
+    """
+    if not affine:
         return hidden_states, norm(hidden_states)
-    affine = norm.region.shared(norm.weight, norm.bias)
     return residual_layer_norm(hidden_states, *affine, norm.eps, makes_again=norm.makes_again, backend=norm.kernels)
 
 
-def normalize_twice(first: nn.Module, second: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_twice(
+    first: nn.Module, second: nn.Module, affines: tuple[Tensor, ...], hidden_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`x, first(x), second(x)`, in one op where nothing is attached to either norm; see `normalize`."""
-    if not (is_bare(first, GPTNeoXLayerNorm) and is_bare(second, GPTNeoXLayerNorm) and first.eps == second.eps):
+    if not affines:
         return hidden_states, first(hidden_states), second(hidden_states)
-    affines = first.region.shared(first.weight, first.bias, second.weight, second.bias)
     return residual_dual_layer_norm(
         hidden_states, *affines, first.eps, makes_again=first.makes_again, backend=first.kernels
     )

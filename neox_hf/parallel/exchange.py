@@ -4,11 +4,10 @@ the other's memory, and adds what has come to its own.
 NCCL's reductions occupy multiprocessors. A product that is to hide one occupies all of them, with an equal share of the
 work for each, so those that NCCL has taken do theirs when it is through: the product takes as much longer as the
 message does, and nothing is hidden (pytorch/pytorch#143988). Copy engines have no other work. The sum of two is the
-same numbers: rounded once, on both ranks alike.
+same numbers: rounded once, on both ranks alike. And whoever has more to add reads both summands, not their sum.
 """
 
 import logging
-import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,34 +16,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_hf.parallel.peer_memory import PeerMemory
+from neox_hf.parallel.peer_memory import PeerMemory, are_near
 
 logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 2**20
-"""Of a message: below, NCCL is done as soon."""
-
-ALIGNMENT = 16
-"""Bytes that a message is a multiple of."""
+"""Of a message. Smaller ones are waited for at once, and NCCL is done as soon."""
 
 
 class Arrival:
-    """What is under way. `wait()` adds what the other rank has sent to `tensor`, into `out`."""
+    """What is under way: `tensor`, and that of the other rank. It is awaited once, by either method; the device waits,
+    not this thread.
+
+    out: where `wait` leaves the sum, which may be `tensor`; None is a tensor of its own.
+    """
 
     def __init__(
         self,
         tensor: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         place: PeerMemory,
         there: torch.Event,
         done: Callable[[PeerMemory], None],
     ) -> None:
         self._tensor, self._out, self._place, self._there, self._done = tensor, out, place, there, done
 
-    def wait(self) -> None:
-        """The device waits, not this thread."""
+    def wait(self) -> Tensor:
+        """The sum."""
+        out = torch.empty_like(self._tensor) if self._out is None else self._out
+        self.hand_to(lambda first, second: torch.add(first, second, out=out))
+        return out
+
+    def hand_to(self, use: Callable[[Tensor, Tensor], object]) -> None:
+        """Have `use` read both summands, in the order of the ranks. They are not its to keep."""
         self._there.wait()
-        self._place.add(self._tensor, self._out)
+        use(*self._place.summands(self._tensor))
+        self._place.release()
         self._done(self._place)
 
 
@@ -68,7 +75,7 @@ class Exchange:
     """The messages of a tensor group of two. Both ranks start the same ones, in one order, and wait for those that are
     under way before they launch a graph that holds others.
 
-    make_place, make_lane: what stands for the devices, in tests.
+    make_place, make_lane, near: what stands for the devices, in tests.
     """
 
     def __init__(
@@ -76,21 +83,28 @@ class Exchange:
         group: dist.ProcessGroup | None,
         make_place: Callable[..., PeerMemory] = PeerMemory,
         make_lane: Callable[[], Lane] = Lane,
+        near: Callable[..., bool] = are_near,
     ) -> None:
-        self._group, self._make_place, self._make_lane = group, make_place, make_lane
+        self._group, self._make_place, self._make_lane, self._near = group, make_place, make_lane, near
         self._idle: dict[int, deque[PeerMemory]] = {}
         self._made = 0
         self._lane: Lane | None = None
         self._possible: bool | None = None
 
-    def start(self, tensor: Tensor, out: Tensor) -> Arrival | None:
-        """out = the sum over both ranks of `tensor`, both contiguous; `out` may be `tensor`. None, on both ranks, where
-        NCCL is to do it."""
+    @property
+    def copies(self) -> bool:
+        """Whether it does: not where the devices have turned out to be strangers."""
+        return self._possible is not False
+
+    def start(self, tensor: Tensor, out: Tensor | None = None) -> Arrival | None:
+        """Send `tensor`, contiguous, which stays as it is until the other's is awaited. out: of `Arrival`. None, on
+        both ranks, where NCCL is to do it."""
         size = tensor.numel() * tensor.element_size()
-        if size < LEAST_BYTES or size % ALIGNMENT or self._possible is False:
+        if size < LEAST_BYTES or self._possible is False:
             return None
-        idle = self._idle.setdefault(size, deque())
-        place = idle.popleft() if idle else self._new_place(size, tensor.device)
+        room = room_for(size)
+        idle = self._idle.setdefault(room, deque())
+        place = idle.popleft() if idle else self._new_place(room, tensor.device)
         if place is None:
             return None
         with self._lane.behind_current():
@@ -109,33 +123,32 @@ class Exchange:
 
     def _first_place(self, size: int, device: torch.device) -> PeerMemory | None:
         """One that both ranks have got, or none on either."""
-        place, reason = None, "its ranks are on two hosts"
-        if self._on_one_host():
-            reason = "the other rank was refused"
+        place = None
+        if self._agree(self._near(self._group, device), device):
             try:
                 place = self._make_place(size, self._group_or_world(), device, 0)
             except RuntimeError as error:
-                reason = error
-        got = torch.tensor(place is not None, dtype=torch.int32, device=device)
-        dist.all_reduce(got, dist.ReduceOp.MIN, group=self._group)
-        self._possible = bool(got)
+                logger.warning("Symmetric memory of two tensor ranks: %s", error)
+        self._possible = self._agree(place is not None, device)
         if not self._possible:
-            logger.warning(
-                "parallel.messages = copies: this tensor group's devices do not reach each other's memory (%s); "
-                "messages go through NCCL",
-                reason,
-            )
+            logger.info("The two devices of this tensor group have no NVLink between them: messages go through NCCL")
             return None
         self._made, self._lane = 1, self._make_lane()
         return place
 
-    def _on_one_host(self) -> bool:
-        hosts = [None, None]
-        dist.all_gather_object(hosts, socket.gethostname(), group=self._group)
-        return hosts[0] == hosts[1]
+    def _agree(self, mine: bool, device: torch.device) -> bool:
+        """Whether both ranks say so."""
+        both = torch.tensor(mine, dtype=torch.int32, device=device)
+        dist.all_reduce(both, dist.ReduceOp.MIN, group=self._group)
+        return bool(both)
 
     def _group_or_world(self) -> dist.ProcessGroup:
         return dist.group.WORLD if self._group is None else self._group
+
+
+def room_for(size: int) -> int:
+    """Bytes to reserve for a message: a power of two, so that batches of many lengths take memory for a few."""
+    return 1 << (size - 1).bit_length()
 
 
 def is_capturing() -> bool:

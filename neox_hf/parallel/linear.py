@@ -5,6 +5,8 @@ partial sum, which the caller `leave`s with. Both are constructed with the sizes
 `nn.Linear`'s parameters; in a group of one, `column_linear` and `row_linear` give a plain `Linear`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -137,18 +139,24 @@ class RowParallelLinear(nn.Linear, Sharded):
         return {"weight": Shard.of_rank(1, whole, self.region.rank, self.region.size)}
 
 
-def enter(x: Tensor, region: TensorRegion, *branches: nn.Module) -> Tensor:
-    """`region.enter(x)`, whose message in the backward pass travels while weight gradients of `branches` are computed.
+def enter(
+    x: Tensor, region: TensorRegion, shared: Sequence[Tensor], *branches: nn.Module
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`region.enter(x)` and `region.shared(*shared)`, whose messages in the backward pass travel while weight gradients
+    of `branches` are computed.
 
-    branches: modules that read x, or what norms made of it, by column linears.
+    shared: parameters, none missing, of the norms behind x. branches: modules that read what the norms make of x, or x,
+    by column linears.
     """
     if region.size == 1 or region.sequence:
-        return x
-    return _enter_and_postpone(branches, region, x)
+        return x, region.shared(*shared)
+    return _enter_and_postpone(branches, region, x, shared)
 
 
 @torch.compiler.disable  # what a module remembers until its next call is no part of a graph
-def _enter_and_postpone(branches: tuple[nn.Module, ...], region: TensorRegion, x: Tensor) -> Tensor:
+def _enter_and_postpone(
+    branches: tuple[nn.Module, ...], region: TensorRegion, x: Tensor, shared: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     modules = [module for branch in branches for module in branch.modules()]
     columns = [m for m in modules if isinstance(m, ColumnParallelLinear) and m.weight.requires_grad]
     adders = [adder_of(column.weight, column.kernels) if x.requires_grad else None for column in columns]
@@ -157,4 +165,7 @@ def _enter_and_postpone(branches: tuple[nn.Module, ...], region: TensorRegion, x
         column.postpone(gradients)
     pairs = zip(columns, adders, strict=True)
     parameters = [(None if add else column.weight, column.bias) for column, add in pairs]
-    return enter_ahead_of(region, x, postponed, parameters)
+    trained = [parameter for parameter in shared if parameter.requires_grad]
+    entered, *whole = enter_ahead_of(region, x, trained, postponed, parameters)
+    inside = iter(whole)
+    return entered, tuple(next(inside) if parameter.requires_grad else parameter for parameter in shared)

@@ -4,7 +4,7 @@ Tensors are [B batch, S sequence, H]; the sequence of a rank's share is S / size
 returns a `Message`; between starting and `wait` the caller computes something else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Message:
     """What is under way. The tensor that travels is kept alive until it has arrived."""
 
-    work: "dist.Work | Arrival"
+    work: dist.Work
     travelling: Tensor
     unpack: Callable[[Tensor], Tensor]
 
@@ -30,6 +30,10 @@ class Message:
         self.work.wait()
         return self.unpack(self.travelling)
 
+    def hand_to(self, use: Callable[[Tensor], object]) -> None:
+        """Have `use` read the result, or, of an `Arrival`, the summands that it is made of."""
+        use(self.wait())
+
 
 def group_of(region: "TensorRegion") -> dist.ProcessGroup | None:
     """The region's process group; None is the whole world."""
@@ -37,25 +41,38 @@ def group_of(region: "TensorRegion") -> dist.ProcessGroup | None:
     return region.group
 
 
-def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> Message:
+def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> "Message | Arrival":
     """Sum `tensor` over the group, in place: by copies (`exchange.py`) where two devices can, else by the backend."""
     assert tensor.is_contiguous()
-    return _by_copies(tensor, tensor, region) or _by_backend(tensor, region)
+    arrival = region.exchange and region.exchange.start(tensor, out=tensor)
+    return arrival or _by_backend(tensor, region)
 
 
-def start_sum(tensor: Tensor, region: "TensorRegion") -> Message:
+def start_sum(tensor: Tensor, region: "TensorRegion") -> "Message | Arrival":
     """The sum of `tensor` over the group, which may have other readers and stays as it is."""
-    if region.exchange:
-        whole = tensor.contiguous()
-        message = _by_copies(whole, torch.empty_like(whole), region)
-        if message:
-            return message
-    return _by_backend(tensor.clone(memory_format=torch.contiguous_format), region)
+    arrival = region.exchange and region.exchange.start(tensor.contiguous())
+    return arrival or _by_backend(tensor.clone(memory_format=torch.contiguous_format), region)
 
 
-def _by_copies(tensor: Tensor, out: Tensor, region: "TensorRegion") -> Message | None:
-    arrival = region.exchange.start(tensor, out) if region.exchange else None
-    return arrival and Message(arrival, out, lambda summed: summed)
+def start_sum_of_several(tensors: Sequence[Tensor], region: "TensorRegion") -> "SumOfSeveral":
+    """The sums of small tensors, in one message."""
+    return SumOfSeveral(tensors, region)
+
+
+class SumOfSeveral:
+    """Their message, in fp32 at least: they are small, and this sum comes before any other rounding."""
+
+    def __init__(self, tensors: Sequence[Tensor], region: "TensorRegion") -> None:
+        self._like = tensors
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._dtype = flat.dtype
+        self._message = start_all_reduce(flat.to(torch.promote_types(flat.dtype, torch.float32)), region)
+
+    def wait(self) -> list[Tensor]:
+        """The sums, in the order of the summands."""
+        summed = self._message.wait().to(self._dtype)
+        parts = summed.split([tensor.numel() for tensor in self._like])
+        return [part.view_as(tensor) for part, tensor in zip(parts, self._like, strict=True)]
 
 
 def _by_backend(tensor: Tensor, region: "TensorRegion") -> Message:

@@ -5,9 +5,11 @@ weight is computed:
 
 - under sequence parallelism inside the linear, whose own input has to be gathered once more too;
 - else in `enter`, which stands before the norms and serves all column linears behind them with one message. They leave
-  the gradients of their weights to it: it has them computed when its message has started.
+  the gradients of their weights to it: it has them computed when its message has started. What the norms read, whole on
+  every rank, comes through it as well: their gradients are partial too, and travel beside.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from neox_hf.parallel.messages import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
     start_sum,
+    start_sum_of_several,
 )
 from neox_hf.parallel.operands import in_autocast_dtype, weight_gradients
 from neox_hf.parallel.tensor_region import TensorRegion
@@ -54,23 +57,32 @@ class PostponedGradients:
 
 
 class _EnterAheadOf(torch.autograd.Function):
-    """Identity on x. Takes the parameters too, so that their gradients can come from here."""
+    """Identity on x and on the first `shared` parameters. Takes those of the linears too, so that their gradients can
+    come from here."""
 
     @staticmethod
     def forward(
-        ctx: Any, region: TensorRegion, postponed: list[PostponedGradients], x: Tensor, *parameters: Tensor | None
-    ) -> Tensor:
-        ctx.region, ctx.postponed = region, postponed
-        return x.view_as(x)
+        ctx: Any,
+        region: TensorRegion,
+        postponed: list[PostponedGradients],
+        shared: int,
+        x: Tensor,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.region, ctx.postponed, ctx.shared = region, postponed, shared
+        return x.view_as(x), *(parameter.view_as(parameter) for parameter in parameters[:shared])
 
     @staticmethod
-    def backward(ctx: Any, partial: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, *wanted = ctx.needs_input_grad[2:]
+    def backward(ctx: Any, partial: Tensor, *partials: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, *wanted = ctx.needs_input_grad[3:]
         message = start_sum(partial, ctx.region) if wants_x else None  # the gradient may have other readers
+        beside = start_sum_of_several(partials, ctx.region) if any(wanted[: ctx.shared]) else None
         gradients: list[Tensor | None] = []
         for index, postponed in enumerate(ctx.postponed):
-            gradients += postponed.take((wanted[2 * index], wanted[2 * index + 1]))
-        return None, None, message and message.wait(), *gradients
+            at = ctx.shared + 2 * index
+            gradients += postponed.take((wanted[at], wanted[at + 1]))
+        whole = beside.wait() if beside else [None] * ctx.shared
+        return None, None, None, message and message.wait(), *whole, *gradients
 
 
 class _PostponingLinear(torch.autograd.Function):
@@ -149,12 +161,14 @@ def _add_gathered(add: AddProduct, gradient: Tensor, gathering: Message) -> None
 def enter_ahead_of(
     region: TensorRegion,
     x: Tensor,
+    shared: Sequence[Tensor],
     postponed: list[PostponedGradients],
     parameters: list[tuple[Tensor | None, Tensor | None]],
-) -> Tensor:
-    """x, behind which linears postpone the gradients of their `parameters`, (weight, bias) each; None for a weight
-    whose gradients are summed elsewhere."""
-    return _EnterAheadOf.apply(region, postponed, x, *(tensor for pair in parameters for tensor in pair))
+) -> tuple[Tensor, ...]:
+    """x and the `shared` parameters, behind which linears postpone the gradients of their `parameters`, (weight, bias)
+    each; None for a weight whose gradients are summed elsewhere."""
+    of_linears = (tensor for pair in parameters for tensor in pair)
+    return _EnterAheadOf.apply(region, postponed, len(shared), x, *shared, *of_linears)
 
 
 @torch.compiler.disable

@@ -5,6 +5,9 @@ nothing here waits for a device, and all of it can be part of a CUDA graph: each
 them.
 """
 
+import ctypes
+import socket
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,9 +17,12 @@ PATIENCE_MS = 30 * 60 * 1000
 """After which a signal that does not come ends the process, as the backend's messages do: TrainingArguments'
 `ddp_timeout`."""
 
+NATIVE_ATOMICS = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of CUDA's driver."""
+
 
 class PeerMemory:
-    """Room for one message of `size` bytes in either direction. Both ranks of the group make it at once.
+    """Room for one message of up to `size` bytes in either direction. Both ranks of the group make it at once.
 
     number: of those that this group has made, so that signals of no two are confused.
 
@@ -34,15 +40,19 @@ class PeerMemory:
         self._signal(self._read)
 
     def exchange(self, tensor: Tensor) -> None:
-        """Send `tensor` [size bytes], and wait for the other's; on the current stream."""
+        """Send `tensor`, and wait for the other's; on the current stream."""
         self._await(self._read)
-        self._theirs.view(tensor.dtype).copy_(tensor.flatten())
+        _like(tensor, self._theirs).copy_(tensor)
         self._signal(self._arrived)
         self._await(self._arrived)
 
-    def add(self, tensor: Tensor, out: Tensor) -> None:
-        """out = `tensor` + what came; then the other may send again. On the current stream."""
-        torch.add(tensor.view(-1), self._mine.view(tensor.dtype), out=out.view(-1))
+    def summands(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """`tensor` and what came, in the order of the ranks; until `release`."""
+        came = _like(tensor, self._mine)
+        return (came, tensor) if self._peer == 0 else (tensor, came)
+
+    def release(self) -> None:
+        """What came has been read: the other may send again. On the current stream."""
         self._signal(self._read)
 
     def _signal(self, what: int) -> None:
@@ -50,3 +60,35 @@ class PeerMemory:
 
     def _await(self, what: int) -> None:
         self._handle.wait_signal(self._peer, what, PATIENCE_MS)
+
+
+def _like(tensor: Tensor, memory: Tensor) -> Tensor:
+    """The beginning of `memory`, in the shape and dtype of `tensor`."""
+    return memory[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+
+
+def are_near(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether this rank's device and the other's are of one host and linked by NVLink: it offers atomics on the other's
+    memory, which signals are; PCI Express does not. Both ranks ask at once, and each may get an answer of its own."""
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    both = [None, None]
+    dist.all_gather_object(both, mine, group=group)
+    (theirs,) = [other for other in both if other != mine] or [mine]
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    if theirs[0] != mine[0] or theirs[1] not in visible:
+        return False
+    return _has_native_atomics(visible[mine[1]], visible[theirs[1]])
+
+
+def _has_native_atomics(device: int, other: int) -> bool:
+    """No, too, for a device and itself, and where no CUDA driver is."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    has, handles = ctypes.c_int(0), (ctypes.c_int(0), ctypes.c_int(0))
+    asked = [
+        driver.cuDeviceGet(ctypes.byref(handle), index) for handle, index in zip(handles, (device, other), strict=True)
+    ]
+    asked.append(driver.cuDeviceGetP2PAttribute(ctypes.byref(has), NATIVE_ATOMICS, *handles))
+    return not any(asked) and bool(has.value)

@@ -10,8 +10,8 @@ class ParallelSettings:
 
     tensor: ranks that share each matrix. pipeline: ranks that share the stack of layers.
     sequence: shard norms and residuals along the sequence inside a tensor group.
-    messages: how a tensor group sums: `backend` has the process group's backend do it; `copies`, for two devices of one
-        host, copies each one's summand to the other, which leaves the multiprocessors to the products.
+    messages: how a tensor group sums: `auto` copies each one's summand to the other where the group is two devices with
+        NVLink between them, which leaves the multiprocessors to the products; `backend` has NCCL do it everywhere.
     zero_stage: what data parallelism shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
     offload: `optimizer` keeps the optimizer's state in the host's memory and steps there.
     partition: how layers are dealt to stages: stages of like parameter count, of like length, or the first layer of
@@ -21,7 +21,7 @@ class ParallelSettings:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
-    messages: Literal["backend", "copies"] = "backend"
+    messages: Literal["auto", "backend"] = "auto"
     zero_stage: int = 0
     offload: Literal["none", "optimizer"] = "none"
     partition: Literal["parameters", "layers"] | list[int] = "parameters"

@@ -33,6 +33,7 @@ from neox_hf.parallel.messages import (
     start_gather_sequence,
     start_reduce_scatter_sequence,
     start_sum,
+    start_sum_of_several,
 )
 from neox_hf.parallel.random import own_random
 from neox_hf.parallel.topology import Topology
@@ -96,7 +97,7 @@ class TensorRegion:
 
     def shared(self, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
         """Whole parameters that every rank reads, but for gradients of its own part alone."""
-        return parameters if self.size == 1 else _shared(self, *parameters)
+        return parameters if self.size == 1 or not parameters else _shared(self, *parameters)
 
     def first_only(self, bias: Tensor | None) -> Tensor | None:
         """A bias to add to a partial sum: once over all ranks. Each copy gets the whole gradient, as it is replicated
@@ -183,11 +184,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *partials: Tensor | None) -> tuple[Tensor | None, ...]:
         present = [partial for partial in partials if partial is not None]
-        # In fp32: they are small, and this sum comes before any other rounding.
-        flat = torch.cat([partial.flatten() for partial in present])
-        summed = start_all_reduce(flat.to(_at_least_fp32(flat)), ctx.region).wait().to(flat.dtype)
-        parts = summed.split([partial.numel() for partial in present])
-        whole = iter(part.view_as(like) for part, like in zip(parts, present, strict=True))
+        whole = iter(start_sum_of_several(present, ctx.region).wait())
         return None, *(None if partial is None else next(whole) for partial in partials)
 
 
@@ -225,10 +222,6 @@ class _ScatterSequence(torch.autograd.Function):
 
 
 SEQUENCE_LENGTH = "parallel.sequence is on, and the sequence length"
-
-
-def _at_least_fp32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 # A compiler splits its graph here: messages are none of its business.

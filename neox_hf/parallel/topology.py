@@ -1,15 +1,12 @@
 """Where one process stands in the world: a frozen value that travels as an argument."""
 
 import dataclasses
-import logging
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
 from neox_hf.errors import TopologyError
 from neox_hf.parallel.exchange import Exchange
-
-logger = logging.getLogger(__name__)
 
 AXES = ("pipeline", "data", "tensor")
 """From the outermost to the innermost: ranks of one tensor group are neighbours."""
@@ -97,13 +94,7 @@ class Topology:
         return mine
 
     def _new_exchange(self, group: dist.ProcessGroup | None) -> Exchange | None:
-        if not self.copies:
-            return None
-        backend = dist.get_backend(group)
-        if "nccl" in backend:
-            return Exchange(group)
-        logger.warning("parallel.messages = copies is for CUDA devices; messages go through %s", backend)
-        return None
+        return Exchange(group) if self.copies and "nccl" in dist.get_backend(group) else None
 
     def __str__(self) -> str:
         return f"{self.world_size} = {self.pipeline} pipeline x {self.data} data x {self.tensor} tensor"

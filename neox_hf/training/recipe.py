@@ -88,7 +88,7 @@ class Recipe:
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             sequence=parallel.sequence,
-            copies=parallel.messages == "copies",
+            copies=parallel.messages == "auto",
         )
         if self.data.streams % topology.data:
             raise TopologyError(

@@ -25,7 +25,6 @@ def parallel_problems(
 ) -> Iterator[Problem]:
     yield from _size_problems(parallel, model)
     yield from _sequence_problems(parallel, data)
-    yield from _message_problems(parallel)
     yield from _zero_problems(parallel, train)
     yield from _precision_problems(parallel, train)
     if parallel.needs_deepspeed:
@@ -76,17 +75,6 @@ def _sequence_problems(parallel: ParallelSettings, data: DataSettings) -> Iterat
     elif data.seq_length % parallel.tensor:
         message = f"is no multiple of parallel.tensor = {parallel.tensor}, among which parallel.sequence shares it out"
         yield Problem(("data", "seq_length"), data.seq_length, message)
-
-
-def _message_problems(parallel: ParallelSettings) -> Iterator[Problem]:
-    if parallel.messages == "backend":
-        return
-    if parallel.tensor != 2:
-        message = f"is for a tensor group of two, and parallel.tensor = {parallel.tensor}; leave it out"
-        yield Problem(("parallel", "messages"), parallel.messages, message)
-    elif parallel.sequence:
-        message = "sums what is whole on both ranks; parallel.sequence scatters it, so leave one of the two out"
-        yield Problem(("parallel", "messages"), parallel.messages, message)
 
 
 def _zero_problems(parallel: ParallelSettings, train: Any) -> Iterator[Problem]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from neox_hf.kernels import bias_dropout_residual, bias_gelu, causal_softmax, draw_dropout_seed, residual_add
+from neox_hf.kernels.bias_dropout_residual import fill_residual_
 from neox_hf.kernels.bias_gelu import _forward as gelu_forward
 from neox_hf.kernels.bias_gelu import bias_gelu_backward
 from neox_hf.kernels.causal_softmax import RowTiles, _launch_backward, _launch_forward, row_tiles
@@ -143,6 +144,23 @@ def test_biases_of_two_dtypes():
     bias_dropout_residual(x, first, bias1, second, bias2, backend="triton").backward(dy)
     torch.testing.assert_close(bias1.grad, dy.sum(0))
     assert torch.equal(bias2.grad, bias1.grad.half())
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("has", [(True, True, True), (False, True, True), (False, False, True), (True, False, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_stream_that_is_filled_by_rows(dtype, has, backend):
+    """With both summands or their sum, and whichever biases there are; other rows stay as they are."""
+    x, first, second, bias1, bias2 = (torch.randn(7, 270).to(dtype) for _ in range(5))
+    given = [tensor if there else None for there, tensor in zip(has, (second, bias1[0], bias2[0]), strict=True)]
+    out = torch.full_like(x, -7)
+    fill_residual_(
+        out[2:5], x[2:5], first[2:5], given[0] if given[0] is None else second[2:5], (*given[1:],), backend=backend
+    )
+    wanted = x.double() + first.double() + sum(tensor.double() for tensor in given if tensor is not None)
+    torch.testing.assert_close(out[2:5].double(), wanted[2:5], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert (out[:2] == -7).all()
+    assert (out[5:] == -7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 
 from neox_hf import GPTNeoXLayer, GPTNeoXModel
 from neox_hf.modeling.bare import is_bare
-from neox_hf.modeling.norms import GPTNeoXLayerNorm, normalize_twice
+from neox_hf.modeling.norms import GPTNeoXLayerNorm, affines_of, normalize_twice
 
 
 def test_attention_implementation_is_switched_at_run_time(make_model, tokens, uncompiled):
@@ -84,13 +84,13 @@ def test_embeddings_can_be_replaced(make_model):
 
 def test_a_hook_on_a_norm_is_heard(make_config):
     layer = GPTNeoXLayer(make_config(), 0)
-    x = torch.randn(1, 3, 32)
-    quiet = normalize_twice(layer.input_layernorm, layer.post_attention_layernorm, x)
+    x, norms = torch.randn(1, 3, 32), (layer.input_layernorm, layer.post_attention_layernorm)
+    quiet = normalize_twice(*norms, affines_of(*norms), x)
     assert is_bare(layer.post_attention_layernorm, GPTNeoXLayerNorm)
     heard = []
     handle = layer.post_attention_layernorm.register_forward_hook(lambda module, args, output: heard.append(output))
     assert not is_bare(layer.post_attention_layernorm, GPTNeoXLayerNorm)
-    loud = normalize_twice(layer.input_layernorm, layer.post_attention_layernorm, x)
+    loud = normalize_twice(*norms, affines_of(*norms), x)
     assert len(heard) == 1
     assert torch.equal(heard[0], quiet[2])
     assert torch.equal(loud[1], quiet[1])
@@ -101,8 +101,8 @@ def test_a_hook_on_a_norm_is_heard(make_config):
 def test_a_replaced_norm_is_called(make_config):
     layer = GPTNeoXLayer(make_config(), 0)
     layer.input_layernorm = nn.Identity()
-    x = torch.randn(1, 3, 32)
-    assert torch.equal(normalize_twice(layer.input_layernorm, layer.post_attention_layernorm, x)[1], x)
+    x, norms = torch.randn(1, 3, 32), (layer.input_layernorm, layer.post_attention_layernorm)
+    assert torch.equal(normalize_twice(*norms, affines_of(*norms), x)[1], x)
 
 
 def test_norms_are_torch_layer_norms(make_config):

@@ -1,5 +1,7 @@
 """Row linears that leave together: the sum, its gradients, and messages that travel while products are computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,24 +29,35 @@ def branches(rank, dtype=torch.float64, trained=(True, True)):
         linear = RowParallelLinear(width, OUT, region).to(dtype)
         with torch.no_grad():
             linear.weight.normal_(generator=random)
+            linear.bias.normal_(generator=torch.Generator().manual_seed(width))
         linear.weight.requires_grad_(trains)
         x = torch.randn(2, TOKENS // 2, width // 2, generator=random, dtype=dtype).requires_grad_()
         made.append((x, linear))
     return made
 
 
-def by_hand(pairs, upstream):
-    """The sum over both ranks, and the gradients of the inputs and weights."""
+def by_hand(stream, pairs, upstream):
+    """The stream as it leaves, and the gradients of the inputs and weights."""
     total = sum((x.detach() @ linear.weight.detach().t()) for x, linear in pairs)
     dist.all_reduce(total)
+    total += stream.detach() + sum(linear.bias.detach() for _, linear in pairs)
     flat = upstream.flatten(0, 1)
     found = [(upstream @ linear.weight.detach(), flat.t() @ x.detach().flatten(0, 1)) for x, linear in pairs]
     return total, [gradient for pair in found for gradient in pair]
 
 
-def differences(rank, most, summed, late, trained):
+class ThroughBackend:
+    """An exchange that leaves every message to the backend."""
+
+    copies = True
+
+    def start(self, tensor, out=None):
+        return None
+
+
+def differences(rank, by_parts, summed, late, trained):
     """What is not as by hand."""
-    leaving.PART_TOKENS = TOKENS // most
+    leaving.LEAST_TOKENS = 1
     pairs = branches(rank, trained=trained)
     upstream = torch.randn(2, TOKENS // 2, OUT, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     if summed:
@@ -54,14 +67,19 @@ def differences(rank, most, summed, late, trained):
     if late:
         inputs[1] = mark(inputs[1] * 1, again)
     linears = [linear for _, linear in pairs]
-    total = leave_by_parts(linears[0].region, *zip(inputs, linears, strict=True))
-    wanted, gradients = by_hand(pairs, upstream)
+    stream = torch.randn(upstream.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    stream.requires_grad_()
+    region = replace(linears[0].region, exchange=ThroughBackend() if by_parts else None)
+    total = leave_by_parts(region, stream, *zip(inputs, linears, strict=True))
+    wanted, gradients = by_hand(stream, pairs, upstream)
     total.backward(upstream)
     if late:
         assert again.is_awaited
         again.arrive(inputs[1].detach())
     found = [t.grad for x, linear in pairs for t in (x, linear.weight)]
     off = [] if torch.allclose(total, wanted) else ["total"]
+    off += [] if torch.equal(stream.grad, upstream) else ["stream"]
+    off += [str(n) for n, linear in enumerate(linears) if not torch.allclose(linear.bias.grad, upstream.sum((0, 1)))]
     frozen = [False, not trained[0], False, not trained[1]]
     for name, one, other, none in zip(("x1", "w1", "x2", "w2"), found, gradients, frozen, strict=True):
         if (one is None) is not none or (one is not None and not torch.allclose(one, other)):
@@ -70,12 +88,12 @@ def differences(rank, most, summed, late, trained):
 
 
 CASES = [
-    (1, False, False, (True, True)),
-    (3, False, False, (True, True)),
-    (4, True, False, (True, True)),
-    (4, True, True, (True, True)),
-    (2, True, False, (False, True)),
-    (2, False, False, (True, False)),
+    (False, False, False, (True, True)),
+    (True, False, False, (True, True)),
+    (True, True, False, (True, True)),
+    (True, True, True, (True, True)),
+    (True, True, False, (False, True)),
+    (False, False, False, (True, False)),
 ]
 
 
@@ -87,13 +105,12 @@ def test_the_sum_and_its_gradients():
     assert run_ranks(all_differences, 2) == [[[]] * len(CASES)] * 2
 
 
-@pytest.mark.parametrize(
-    ("tokens", "wanted"), [(1, [1]), (4095, [4095]), (4096, [2048, 2048]), (8192, [2048] * 4), (40000, [10000] * 4)]
-)
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, [1]), (4095, [4095]), (4096, [3072, 1024]), (8193, [6145, 2048])])
 def test_parts(tokens, wanted):
-    parts = list(leaving._parts(tokens))
+    parts = leaving._parts(tokens, travels_beside=True)
     assert [part.stop - part.start for part in parts] == wanted
-    assert parts[-1].stop == tokens
+    assert (parts[0].start, parts[-1].stop) == (0, tokens)
+    assert leaving._parts(tokens, travels_beside=False) == [slice(0, tokens)]
 
 
 HIDDEN, INNER = 32, 48
@@ -117,7 +134,7 @@ def log(monkeypatch):
 
     monkeypatch.setattr(messages.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(leaving, "product_", add)
-    monkeypatch.setattr(leaving, "PART_TOKENS", 4)
+    monkeypatch.setattr(leaving, "LEAST_TOKENS", 2)
     return written
 
 
@@ -129,8 +146,9 @@ class Awaited:
         self.log.append("wait")
 
 
-def layer_of_two(**fields):
-    return GPTNeoXLayer(GPTNeoXConfig(**FIELDS, **fields), 0, TensorRegion(size=2, rank=0, group=object()))
+def layer_of_two(exchange=None, **fields):
+    region = TensorRegion(size=2, rank=0, group=object(), exchange=exchange)
+    return GPTNeoXLayer(GPTNeoXConfig(**FIELDS, **fields), 0, region)
 
 
 def run(layer, length=8):
@@ -139,14 +157,19 @@ def run(layer, length=8):
     return layer(x, position_embeddings=cos_sin), x
 
 
-def test_messages_travel_behind_products(log):
+def test_messages_that_take_multiprocessors_wait_for_all_products(log):
     run(layer_of_two())
+    assert log == ["product", "product", "start", "wait"]
+
+
+def test_messages_by_copies_travel_behind_products(log):
+    run(layer_of_two(ThroughBackend()))
     assert log == ["product", "product", "start", "product", "product", "start", "wait", "wait"]
 
 
 @pytest.mark.parametrize("how", [{}, {"context_fn": selective_contexts}], ids=["full", "selective"])
 def test_recomputation_sends_nothing_again(how, log):
-    layer, x = layer_of_two(), torch.randn(1, 8, HIDDEN, requires_grad=True)
+    layer, x = layer_of_two(ThroughBackend()), torch.randn(1, 8, HIDDEN, requires_grad=True)
     cos_sin = torch.randn(2, 1, 8, 2).unbind()
     y = checkpoint(lambda x: layer(x, position_embeddings=cos_sin), x, use_reentrant=False, **how)
     before = list(log)
@@ -172,4 +195,5 @@ def test_what_keeps_the_branches_apart(change, log, monkeypatch):
 
 def test_in_evaluation_dropout_is_no_reason(log):
     run(layer_of_two(hidden_dropout=0.1).eval())
-    assert log.count("start") == 2
+    assert log.count("start") == 1
+    assert log.count("product") == 2

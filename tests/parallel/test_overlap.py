@@ -18,9 +18,9 @@ class Wire:
         self.log = log
 
     def send(self, name: str, tensor: torch.Tensor) -> "Travelling":
-        if tensor.ndim > 1:  # the small message of norm gradients is waited for at once
-            self.log.append(f"start {name}")
-        return Travelling(self.log, name if tensor.ndim > 1 else None)
+        name += "" if tensor.ndim > 1 else " of the norms"
+        self.log.append(f"start {name}")
+        return Travelling(self.log, name)
 
     def all_reduce(self, tensor, group, async_op):
         assert async_op
@@ -39,12 +39,11 @@ class Wire:
 
 
 class Travelling:
-    def __init__(self, log: list[str], name: str | None) -> None:
+    def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name = log, name
 
     def wait(self) -> None:
-        if self.name:
-            self.log.append(f"wait {self.name}")
+        self.log.append(f"wait {self.name}")
 
 
 class Products(TorchDispatchMode):
@@ -83,11 +82,45 @@ def test_all_reduce_travels_while_column_linears_get_their_gradients(parallel, l
     log.clear()
     with Products(log, {(3 * HIDDEN // 2, HIDDEN): "gradient of qkv", (INNER // 2, HIDDEN): "gradient of h_to_4h"}):
         output.sum().backward()
-    start, wait = "start all-reduce", "wait all-reduce"
+    start, wait = (
+        [f"{what} all-reduce{of}" for of in order]
+        for what, order in (("start", ("", " of the norms")), ("wait", (" of the norms", "")))
+    )
+    qkv, h_to_4h = "gradient of qkv", "gradient of h_to_4h"
     if parallel:
-        assert log == [start, "gradient of qkv", "gradient of h_to_4h", wait]
+        assert log == [*start, qkv, h_to_4h, *wait]
     else:
-        assert log == [start, "gradient of h_to_4h", wait, start, "gradient of qkv", wait]
+        assert log == [*start, h_to_4h, *wait, *start, qkv, *wait]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_norms_that_are_not_trained_send_nothing(parallel, log):
+    layer = GPTNeoXLayer(GPTNeoXConfig(**FIELDS, use_parallel_residual=parallel), 0, region(sequence=False))
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.requires_grad_(False)
+    hidden = torch.randn(2, LENGTH, HIDDEN, requires_grad=True)
+    layer(hidden, position_embeddings=(torch.zeros(1, LENGTH, 1), torch.zeros(1, LENGTH, 1))).sum().backward()
+    assert not any("norms" in line for line in log)
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_gradient_of_the_stream_is_one_ranks(parallel, log):
+    """It joins the norms' gradient in their kernel, and the sum over ranks counts it once."""
+    gradients = {}
+    for rank in range(2):
+        torch.manual_seed(0)
+        config = GPTNeoXConfig(**FIELDS, use_parallel_residual=parallel)
+        layer = GPTNeoXLayer(config, 0, TensorRegion(size=2, rank=rank, group=object()))
+        for linear in (layer.attention.dense, layer.mlp.dense_4h_to_h):
+            torch.nn.init.zeros_(linear.weight)  # so that the branches have no part in it
+        hidden = torch.randn(2, LENGTH, HIDDEN, requires_grad=True)
+        output = layer(hidden, position_embeddings=(torch.zeros(1, LENGTH, 1), torch.zeros(1, LENGTH, 1)))
+        output.backward(torch.ones_like(output))
+        gradients[rank] = hidden.grad
+    passes = 2 if parallel else 4  # `Wire` doubles in each sum what the first rank has
+    assert torch.equal(gradients[0], torch.full_like(gradients[0], passes))
+    assert not gradients[1].any()
 
 
 def test_under_sequence_parallelism_both_messages_travel_meanwhile(log):

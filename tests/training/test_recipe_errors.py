@@ -64,8 +64,6 @@ def test_a_field_with_another_owner_names_it(base, key):
 
 TOO_FEW_LAYERS = "is more than model.num_hidden_layers = 2; every stage holds one layer at least"
 NO_TENSOR = "shards the sequence inside a tensor group; set parallel.tensor above 1 or leave it out"
-FOR_TWO = "is for a tensor group of two, and parallel.tensor = 1; leave it out"
-SCATTERED = "sums what is whole on both ranks; parallel.sequence scatters it, so leave one of the two out"
 NO_ZERO = "moves the optimizer's state that ZeRO shards; set parallel.zero_stage to 1, 2 or 3"
 SPLIT = (
     "shards {} over the data-parallel ranks after each backward pass; DeepSpeed's pipeline engine, which runs "
@@ -159,8 +157,6 @@ CASES = [
     ("parallel.tensor=8", "which its ranks share; choose one of 1, 2, 4"),
     ("parallel.pipeline=4", f"parallel.pipeline = 4: {TOO_FEW_LAYERS}"),
     ("parallel.sequence=true", f"parallel.sequence = true: {NO_TENSOR}"),
-    ("parallel.messages=copies", f'parallel.messages = "copies": {FOR_TWO}'),
-    ("parallel={tensor: 2, sequence: true, messages: copies}", f'parallel.messages = "copies": {SCATTERED}'),
     ("parallel.offload=optimizer", f'parallel.offload = "optimizer": {NO_ZERO}'),
     ("parallel.offload=optimiser", "wants one of none, optimizer; did you mean optimizer?"),
     ("parallel.partition=layers", 'parallel.partition = "layers": does nothing while parallel.pipeline = 1'),
