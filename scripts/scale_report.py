@@ -105,15 +105,17 @@ def owed(rows: dict[str, Results]) -> list[str]:
 
 
 def picture(results: Results, path: Path) -> None:
-    """How far each curve is from one device's, and TFLOP/s beside the plan."""
+    """How far each curve is from one device's, and TFLOP/s beside the plan: as far as there is something to show."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5))
-    _draw_curves(left, results.get("correctness", {}).get("curves", {}))
-    _draw_speed(right, results.get("speed", {}))
+    curves, rows = results.get("correctness", {}).get("curves", {}), results.get("speed", {})
+    panels = [(draw, what) for draw, what in ((_draw_curves, curves), (_draw_speed, rows)) if what]
+    figure, axes = pyplot.subplots(1, max(len(panels), 1), figsize=(6.5 * max(len(panels), 1), 4.5), squeeze=False)
+    for place, (draw, what) in zip(axes.flat, panels, strict=False):  # a report of nothing has a panel all the same
+        draw(place, what)
     host = results["host"]
     figure.suptitle(f"{host['devices']} x {host['device']}, {host['date']}")
     figure.tight_layout()

@@ -4,6 +4,7 @@ An all-reduce of b bytes among n ranks takes 2 (n - 1) / n x b at a link's bandw
 that. Where messages travel is told in docs/architecture.md, "Where ranks meet in the block".
 """
 
+from neox_hf.parallel.leaving import LAST_PART
 from neox_hf.planning.devices import Device
 from neox_hf.planning.job import Job
 
@@ -22,6 +23,8 @@ def layer_seconds(job: Job, device: Device, hides: float) -> float:
         return 0.0
     half = _half_all_reduce(job, device)
     joins = 1 if job.config.use_parallel_residual else 2
+    if job.topology.copies and not job.topology.sequence:
+        return _layer_seconds_by_copies(job, device, hides, joins)
     if job.topology.sequence:
         # Forward: both column linears gather, each sum is scattered. Backward: each sum's gradient is gathered; beside
         # the weights' gradients inputs are gathered again and their gradients scattered.
@@ -31,6 +34,18 @@ def layer_seconds(job: Job, device: Device, hides: float) -> float:
     if job.recompute == "full":
         plain += 2 + joins if job.topology.sequence else 2 * joins
     return plain * half + max(beside * half - hides, 0.0)
+
+
+def _layer_seconds_by_copies(job: Job, device: Device, hides: float, joins: int) -> float:
+    """Of two devices that send each other their summands. What adds the forward pass's to the stream reads both; the
+    backward pass's have a pass of their own."""
+    message = 2 * _half_all_reduce(job, device)
+    by_parts = job.config.use_parallel_residual and not job.config.hidden_dropout
+    forward = joins * message / (LAST_PART if by_parts else 1)
+    if job.recompute == "full":
+        forward += joins * message
+    addition = 3 * job.tokens * job.config.hidden_size * job.product_bytes / (device.bandwidth_gbps * 1e9)
+    return forward + max(joins * message - hides, 0.0) + joins * addition
 
 
 def _half_all_reduce(job: Job, device: Device) -> float:

@@ -96,3 +96,50 @@ def test_nothing_is_overwritten_before_it_is_read(make):
         rank.join()
     assert failed == []
     assert wrong == []
+
+
+class Driver:
+    """CUDA's, of devices of which 0 and 1 are linked by NVLink."""
+
+    def cuDeviceGet(self, handle, index):
+        handle._obj.value = index + 10
+        return 0
+
+    def cuDeviceGetP2PAttribute(self, value, attribute, device, other):
+        assert attribute == peer_memory.NATIVE_ATOMICS
+        value._obj.value = sorted((device.value, other.value)) == [10, 11]
+        return 101 if device.value == other.value else 0
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "near"),
+    [
+        (("here", 0), ("here", 1), True),
+        (("here", 0), ("here", 2), False),
+        (("here", 0), ("there", 1), False),
+        (("here", 0), ("here", 7), False),
+        (("here", 0), ("here", 0), False),
+    ],
+    ids=["NVLink", "PCI Express", "two hosts", "hidden from this process", "shared"],
+)
+def test_who_is_near(mine, theirs, near, monkeypatch):
+    def all_gather_object(both, own, group):
+        assert own == (mine[0], f"GPU-{mine[1]}")
+        both[:] = own, (theirs[0], f"GPU-{theirs[1]}")
+
+    monkeypatch.setattr(peer_memory.socket, "gethostname", lambda: mine[0])
+    monkeypatch.setattr(peer_memory.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(peer_memory.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    properties = {torch.device("cuda", n): SimpleNamespace(uuid=f"GPU-{n}") for n in range(3)}
+    properties |= {n: properties[torch.device("cuda", n)] for n in range(3)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.get)
+    assert peer_memory.are_near(None, torch.device("cuda", mine[1])) is near
+
+
+def test_without_a_driver_nobody_is_near(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(peer_memory.ctypes, "CDLL", missing)
+    assert not peer_memory._has_native_atomics(0, 1)
