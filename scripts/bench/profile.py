@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from scripts.bench.sizes import SIZES, Size
 from scripts.bench.steps import Ours
+from scripts.bench.turns import peak_gib
 from scripts.bench.variants import Variant, parse_variant
 
 WARMUP = 5
@@ -50,6 +51,7 @@ class Window(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == WARMUP:
+            torch.cuda.reset_peak_memory_stats()
             self._begin = pause()
         if state.global_step == self.last:
             self.seconds = (pause() - self._begin) / (self.last - WARMUP)
@@ -108,7 +110,7 @@ def measure(size: Size, variant: Variant, steps: int) -> tuple[str, list[Span]]:
         trainer = Ours(size, variant, torch.device("cuda"))._trainer(folder, window)
         trainer.add_callback(window)
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = peak_gib()
     title = f"{size.name} {variant.name}: {1e3 * window.seconds:.1f} ms a step"
     return f"{title}, {size.tokens / window.seconds:,.0f} tokens/s, {peak:.1f} GiB", window.spans
 
