@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # `make test COVERAGE=1`, as continuous integration has it: the tests fail too if they leave much out.
 MEASURED := $(if $(COVERAGE),--cov --cov-report=term:skip-covered --cov-fail-under=90)
 
-.PHONY: install demo test test-slow test-gpu check style coverage bench bench-cpu tune clean
+.PHONY: install demo test test-slow test-gpu test-multigpu check style coverage bench bench-cpu tune clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ test-slow: install
 
 test-gpu: install ## on a machine with a CUDA device
 	$(BIN)/python -m pytest -m "gpu"
+
+test-multigpu: install ## on a host with two
+	$(BIN)/python -m pytest -m "multigpu"
 
 check: install
 	$(BIN)/ruff check .

@@ -9,10 +9,7 @@ import torch.distributed as dist
 from neox_hf.parallel.exchange import Exchange
 from tests.gloo import run_ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="takes two devices"),
-]
+pytestmark = pytest.mark.multigpu
 
 ELEMENTS = 2**21
 """bf16, 4 MiB."""
