@@ -30,9 +30,9 @@ def whole(number, device):
     return summand(0, number, device) + summand(1, number, device)
 
 
-def many_at_once(rank):
+def many_at_once(rank, of_all):
     device = device_of(rank)
-    link = Exchange(dist.group.WORLD)
+    link = Exchange(None if of_all else dist.new_group([0, 1]))
     alike = []
     for number in range(0, 40, 4):
         if rank == number % 3:
@@ -45,8 +45,9 @@ def many_at_once(rank):
     return all(alike), link._made
 
 
-def test_sums():
-    assert run_ranks(many_at_once, 2, context=get_context("spawn")) == [(True, 4)] * 2
+@pytest.mark.parametrize("of_all", [True, False], ids=["the world", "a group"])
+def test_sums(of_all):
+    assert run_ranks(many_at_once, 2, of_all, context=get_context("spawn")) == [(True, 4)] * 2
 
 
 def in_a_graph(rank):
