@@ -6,7 +6,10 @@ them.
 """
 
 import ctypes
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,8 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 PATIENCE_MS = 30 * 60 * 1000
 """After which a signal that does not come ends the process, as the backend's messages do: TrainingArguments'
 `ddp_timeout`."""
+
+NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of CUDA's driver."""
@@ -31,9 +36,10 @@ class PeerMemory:
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device, number: int) -> None:
-        self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)  # its signals are cleared, before the other rank gives one
-        self._handle = symmetric_memory.rendezvous(self._mine, group)
+        with _without_multicast():
+            self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+            torch.cuda.synchronize(device)  # its signals are cleared, before the other rank gives one
+            self._handle = symmetric_memory.rendezvous(self._mine, group)
         self._peer = 1 - self._handle.rank
         self._theirs = self._handle.get_buffer(self._peer, (size,), torch.uint8)
         self._arrived, self._read = 2 * number, 2 * number + 1
@@ -60,6 +66,21 @@ class PeerMemory:
 
     def _await(self, what: int) -> None:
         self._handle.wait_signal(self._peer, what, PATIENCE_MS)
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """Two devices need none, and where the driver offers it without being able to, torch waits for it forever
+    (pytorch/pytorch#195596)."""
+    before = os.environ.get(NO_MULTICAST)
+    os.environ[NO_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_MULTICAST]
+        else:
+            os.environ[NO_MULTICAST] = before
 
 
 def _like(tensor: Tensor, memory: Tensor) -> Tensor:

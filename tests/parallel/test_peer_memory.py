@@ -1,5 +1,6 @@
 """What two ranks tell each other about their memory, on the host: each rank is a thread, what is waited for is time."""
 
+import os
 import random
 import threading
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from neox_hf.parallel import peer_memory
-from neox_hf.parallel.peer_memory import PeerMemory
+from neox_hf.parallel.peer_memory import NO_MULTICAST, PeerMemory
 
 SIZE, PLACES, TURNS = 64, 3, 60
 
@@ -46,11 +47,13 @@ class Device:
 def make(monkeypatch):
     """A place of a rank, by number."""
     device, made = Device(), threading.local()
+    monkeypatch.setenv(NO_MULTICAST, "1")  # both ranks are of one process here, and it has one environment
 
     def empty(size, dtype, device):
         return torch.zeros(size, dtype=dtype)
 
     def rendezvous(mine, group):
+        assert os.environ[NO_MULTICAST] == "1"
         with device.changed:
             device.buffers[made.rank, made.number] = mine
             device.changed.notify_all()
@@ -96,6 +99,16 @@ def test_nothing_is_overwritten_before_it_is_read(make):
         rank.join()
     assert failed == []
     assert wrong == []
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_multicast_is_as_it_was(before, monkeypatch):
+    monkeypatch.delenv(NO_MULTICAST, raising=False)
+    if before is not None:
+        monkeypatch.setenv(NO_MULTICAST, before)
+    with peer_memory._without_multicast():
+        assert os.environ[NO_MULTICAST] == "1"
+    assert os.environ.get(NO_MULTICAST) == before
 
 
 class Driver:
