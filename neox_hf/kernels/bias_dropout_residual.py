@@ -294,9 +294,9 @@ class _BiasDropoutResidual(torch.autograd.Function):
         else:
             sum_dtype = _sum_dtype(*ctx.bias_dtypes)
             first, second, sums = _dropout_backward(dy, ctx.probability, seed, ctx.branches, sum_dtype)
+            sums = [None, None] if sum_dtype is None else sums.unbind()
             dbias1, dbias2 = (
-                None if dtype is None else total.to(dtype)
-                for total, dtype in zip(sums, ctx.bias_dtypes, strict=sum_dtype is not None)
+                None if dtype is None else total.to(dtype) for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
             )
         return dy, first, dbias1, second if ctx.branches == 2 else None, dbias2, None, None
 

@@ -133,6 +133,15 @@ def test_without_dropout_the_gradient_is_handed_on():
     assert all(g.data_ptr() == dy.data_ptr() for g in torch.autograd.grad(y, inputs, dy))
 
 
+def test_dropout_of_branches_without_biases(device):
+    inputs = [torch.randn(4, 64, requires_grad=True) for _ in range(3)]
+    y = bias_dropout_residual(inputs[0], inputs[1], None, inputs[2], None, 0.5, torch.tensor([3]), backend="triton")
+    dy = torch.randn(4, 64)
+    dx, *of_branches = torch.autograd.grad(y, inputs, dy)
+    assert torch.equal(dx, dy)
+    assert all(torch.equal(g[g != 0], 2 * dy[g != 0]) and (g == 0).any() for g in of_branches)
+
+
 def test_certain_dropout_leaves_the_residual():
     x, branch, seed = torch.randn(3, 20), torch.randn(3, 20), torch.tensor([1])
     assert torch.equal(bias_dropout_residual(x, branch, probability=1.0, seed=seed, backend="triton"), x)
