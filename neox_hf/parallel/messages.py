@@ -54,13 +54,9 @@ def start_sum(tensor: Tensor, region: "TensorRegion") -> "Message | Arrival":
     return arrival or _by_backend(tensor.clone(memory_format=torch.contiguous_format), region)
 
 
-def start_sum_of_several(tensors: Sequence[Tensor], region: "TensorRegion") -> "SumOfSeveral":
-    """The sums of small tensors, in one message."""
-    return SumOfSeveral(tensors, region)
-
-
 class SumOfSeveral:
-    """Their message, in fp32 at least: they are small, and this sum comes before any other rounding."""
+    """The sums of small tensors over the group, in one message, which starts at once. In fp32 at least: this sum comes
+    before any other rounding."""
 
     def __init__(self, tensors: Sequence[Tensor], region: "TensorRegion") -> None:
         self._like = tensors

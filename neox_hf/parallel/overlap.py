@@ -20,10 +20,10 @@ from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
 from neox_hf.parallel.messages import (
     Message,
+    SumOfSeveral,
     start_gather_sequence,
     start_reduce_scatter_sequence,
     start_sum,
-    start_sum_of_several,
 )
 from neox_hf.parallel.operands import in_autocast_dtype, weight_gradients
 from neox_hf.parallel.tensor_region import TensorRegion
@@ -76,7 +76,7 @@ class _EnterAheadOf(torch.autograd.Function):
     def backward(ctx: Any, partial: Tensor, *partials: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, *wanted = ctx.needs_input_grad[3:]
         message = start_sum(partial, ctx.region) if wants_x else None  # the gradient may have other readers
-        beside = start_sum_of_several(partials, ctx.region) if any(wanted[: ctx.shared]) else None
+        beside = SumOfSeveral(partials, ctx.region) if any(wanted[: ctx.shared]) else None
         gradients: list[Tensor | None] = []
         for index, postponed in enumerate(ctx.postponed):
             at = ctx.shared + 2 * index

@@ -28,12 +28,12 @@ from torch import Tensor
 from neox_hf.errors import TopologyError
 from neox_hf.parallel.exchange import Exchange
 from neox_hf.parallel.messages import (
+    SumOfSeveral,
     group_of,
     start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
     start_sum,
-    start_sum_of_several,
 )
 from neox_hf.parallel.random import own_random
 from neox_hf.parallel.topology import Topology
@@ -184,7 +184,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *partials: Tensor | None) -> tuple[Tensor | None, ...]:
         present = [partial for partial in partials if partial is not None]
-        whole = iter(start_sum_of_several(present, ctx.region).wait())
+        whole = iter(SumOfSeveral(present, ctx.region).wait())
         return None, *(None if partial is None else next(whole) for partial in partials)
 
 
