@@ -13,6 +13,7 @@ pass makes them again and nothing of their size is kept. One draw of four words 
 Without dropout the backward pass hands dy on as it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +94,10 @@ def _draw(seed, pair, column):
 
 @triton.jit
 def _branch(values, bias, at, inside, column, columns, word, drop_below, scale):
-    value = tl.zeros_like(at).to(tl.float32)
     if values is not None:
-        value += tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        value = tl.zeros_like(at).to(tl.float32)
     if bias is not None:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     if word is not None:
@@ -294,10 +296,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
         else:
             sum_dtype = _sum_dtype(*ctx.bias_dtypes)
             first, second, sums = _dropout_backward(dy, ctx.probability, seed, ctx.branches, sum_dtype)
-            sums = [None, None] if sum_dtype is None else sums.unbind()
-            dbias1, dbias2 = (
-                None if dtype is None else total.to(dtype) for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
-            )
+            dbias1, dbias2 = _rounded([None, None] if sum_dtype is None else sums.unbind(), ctx.bias_dtypes)
         return dy, first, dbias1, second if ctx.branches == 2 else None, dbias2, None, None
 
 
@@ -315,7 +314,12 @@ def bias_gradients(
         return None, None
     has_kernel = BIAS_DROPOUT_RESIDUAL.has_kernel_for(backend, dy)
     total = column_sums(dy, sum_dtype) if has_kernel else dy.flatten(0, -2).sum(0, dtype=sum_dtype)
-    return tuple(None if dtype is None else total.to(dtype) for dtype in (dtype1, dtype2))
+    return _rounded([total, total], (dtype1, dtype2))
+
+
+def _rounded(sums: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
+    """Each sum in its bias's dtype; None for a bias that wants none."""
+    return tuple(None if dtype is None else total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))
 
 
 def bias_dropout_residual_triton(

@@ -21,7 +21,7 @@ from neox_hf.parallel.peer_memory import PeerMemory, are_near
 logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 2**20
-"""Of a message. Smaller ones are waited for at once, and NCCL is done as soon."""
+"""Of a message: NCCL is done with smaller ones sooner."""
 
 
 class Arrival:
@@ -131,7 +131,7 @@ class Exchange:
                 logger.warning("Symmetric memory of two tensor ranks: %s", error)
         self._possible = self._agree(place is not None, device)
         if not self._possible:
-            logger.info("The two devices of this tensor group have no NVLink between them: messages go through NCCL")
+            logger.info("The two devices of this tensor group do not share memory by NVLink: messages go through NCCL")
             return None
         self._made, self._lane = 1, self._make_lane()
         return place

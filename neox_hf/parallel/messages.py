@@ -1,7 +1,7 @@
 """The messages of a tensor group, started now and awaited later.
 
 Tensors are [B batch, S sequence, H]; the sequence of a rank's share is S / size. Each function starts one message and
-returns a `Message`; between starting and `wait` the caller computes something else.
+returns what awaits it; between starting and `wait` the caller computes something else.
 """
 
 from collections.abc import Callable, Sequence
