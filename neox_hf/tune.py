@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from neox_hf.errors import RecipeError
+from neox_hf.kernels.fused_product import fused_choices_on
 from neox_hf.kernels.launch_choice import launches_on
 from neox_hf.kernels.launch_file import launch_path, read_entries, write_entries
 from neox_hf.kernels.product_choice import choices_on
@@ -52,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
     print(table(tuning))
     keep(tuning, torch.cuda.get_device_name(device))
     compute_products(sizes, Random(device))
-    choices = choices_on(device)
-    if choices is not None:
-        print(f"{product_table(choices.measured)}\nin: {choices.file.path}")
+    for choices, plain in ((choices_on(device), "torch"), (fused_choices_on(device), "apart")):
+        if choices is not None:
+            print(f"{product_table(choices.measured, plain)}\nin: {choices.file.path}")
     return 0
 
 

@@ -31,6 +31,7 @@ from neox_hf.kernels.layer_norm import (
     residual_layer_norm,
 )
 from neox_hf.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from neox_hf.kernels.linear_gelu import linear_gelu
 from neox_hf.kernels.residual_add import RESIDUAL_ADD, residual_add
 from neox_hf.kernels.rms_norm import RMS_NORM, rms_norm
 from neox_hf.kernels.rotary import ROTARY, rotary
@@ -86,6 +87,7 @@ __all__ = [
     "gradient_square_sum",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_gelu",
     "residual_add",
     "residual_dual_layer_norm",
     "residual_layer_norm",

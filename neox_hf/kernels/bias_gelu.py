@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from neox_hf.kernels import gelu_forms
 from neox_hf.kernels.column_sums import SummingTiles, column_grid, finish_column_sums
 from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
@@ -69,6 +70,13 @@ def bias_gelu_reference(x: Tensor, bias: Tensor | None, form: str, makes_again: 
     return F.gelu(x.float() + bias.float(), approximate=TORCH_FORMS[form]).to(x.dtype)
 
 
+# Kernels read constants of this kind alone, one by one, and the interpreter has them on the right of a tensor.
+BELL, BELL_AT_ZERO, ERF_STRETCH = map(tl.constexpr, (gelu_forms.BELL, gelu_forms.BELL_AT_ZERO, gelu_forms.ERF_STRETCH))
+ERF_TAIL_0, ERF_TAIL_1, ERF_TAIL_2, ERF_TAIL_3, ERF_TAIL_4, ERF_TAIL_5 = map(tl.constexpr, gelu_forms.ERF_TAIL)
+TANH_ARGUMENT_0, TANH_ARGUMENT_1 = map(tl.constexpr, gelu_forms.TANH_ARGUMENT)
+TANH_SLOPE_0, TANH_SLOPE_1 = map(tl.constexpr, gelu_forms.TANH_SLOPE)
+
+
 @triton.jit
 def _reciprocal(x):
     # Two instructions where a division takes eight; for x >= 1, infinity included, to 2^-21.
@@ -80,18 +88,17 @@ def _reciprocal(x):
 def _normal(z, PRECISE: tl.constexpr):
     """Phi(z), and exp(-z^2 / 2).
 
-    In half precision erf, at some thirty instructions, would take longer than the memory does. There Phi(-|z|) is
-    exp(-z^2 / 2) times a polynomial in t = 1 / (1 + 0.3 |z|), which is right to 1.4e-6 of itself for |z| < 4.5 and to
-    5e-5 in the tail beyond, where 1 + erf has nothing left. Form: Abramowitz and Stegun, 7.1.26; coefficients: fitted.
+    In half precision erf, at some thirty instructions, would take longer than the memory does, and 1 + erf has nothing
+    left in the tail: there it is `ERF_TAIL`.
     """
-    bell = tl.exp2(z * z * -0.7213475204444817)
+    bell = tl.exp2(z * z * BELL)
     if PRECISE:
         below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
     else:
-        t = _reciprocal(1.0 + 0.3 * tl.abs(z))
-        p = 0.23074929416179657 - 0.08198929578065872 * t
-        p = 0.15323717892169952 + t * (-0.03376013785600662 + t * p)
-        p = 0.12028085440397263 + t * (0.11148140579462051 + t * p)
+        t = _reciprocal(tl.abs(z) * ERF_STRETCH + 1.0)
+        p = t * ERF_TAIL_5 + ERF_TAIL_4
+        p = t * (t * p + ERF_TAIL_3) + ERF_TAIL_2
+        p = t * (t * p + ERF_TAIL_1) + ERF_TAIL_0
         tail = bell * (t * p)
         below = tl.where(z > 0, 1.0 - tail, tail)
     return below, bell
@@ -100,7 +107,7 @@ def _normal(z, PRECISE: tl.constexpr):
 @triton.jit
 def _sigmoid(z, PRECISE: tl.constexpr):
     """s(z) of the tanh form, and s(z) (1 - s(z)), both without cancellation in either tail."""
-    small = tl.exp2(tl.abs(z) * (-2.302208198144325 - 0.10294324022285356 * (z * z)))
+    small = tl.exp2(tl.abs(z) * (z * z * TANH_ARGUMENT_1 + TANH_ARGUMENT_0))
     share = 1.0 / (1.0 + small) if PRECISE else _reciprocal(1.0 + small)
     return share * tl.where(z > 0, 1.0, small), small * share * share
 
@@ -110,10 +117,10 @@ def _gelu_and_slope(z, ERF: tl.constexpr, PRECISE: tl.constexpr):
     """y and dy/dz in fp32; what of them is not used costs nothing."""
     if ERF:
         gate, bell = _normal(z, PRECISE)
-        slope = gate + z * bell * 0.3989422804014327
+        slope = gate + z * bell * BELL_AT_ZERO
     else:
         gate, spread = _sigmoid(z, PRECISE)
-        slope = gate + z * spread * (1.5957691216057308 + 0.2140644488365519 * (z * z))
+        slope = gate + z * spread * (z * z * TANH_SLOPE_1 + TANH_SLOPE_0)
     return z * gate, slope
 
 
@@ -175,7 +182,8 @@ def _backward_kernel(
 
 
 @register("bias_gelu_forward")
-def _forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
+def bias_gelu_forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """GELU of x [..., F] + bias [F]."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -199,7 +207,7 @@ def _forward(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return y
 
 
-@register_fake(_forward)
+@register_fake(bias_gelu_forward)
 def _(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -260,7 +268,7 @@ class _BiasGelu(torch.autograd.Function):
         ctx.save_for_backward(x, bias)
         ctx.form, ctx.late = form, late
         ctx.sum_dtype = gradient_dtype(bias) if ctx.needs_input_grad[1] else None
-        return _forward(x, bias, form)
+        return bias_gelu_forward(x, bias, form)
 
     @staticmethod
     @once_differentiable
@@ -283,6 +291,12 @@ def bias_gelu_triton(x: Tensor, bias: Tensor | None, form: str, makes_again: boo
 BIAS_GELU = Op("bias_gelu", torch=bias_gelu_reference, triton=bias_gelu_triton)
 
 
+def check_form(form: str) -> None:
+    """Raises ValueError unless there is such a form of GELU."""
+    if form not in TORCH_FORMS:
+        raise ValueError(f"GELU form {form!r} is unknown; choose one of {', '.join(TORCH_FORMS)}")
+
+
 def bias_gelu(
     x: Tensor, bias: Tensor | None, form: GeluForm, *, makes_again: bool = False, backend: str = "auto"
 ) -> Tensor:
@@ -293,8 +307,7 @@ def bias_gelu(
     Raises:
         ValueError: the form is neither erf nor tanh, or the bias does not fit x.
     """
-    if form not in TORCH_FORMS:
-        raise ValueError(f"GELU form {form!r} is unknown; choose one of {', '.join(TORCH_FORMS)}")
+    check_form(form)
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(
             f"bias_gelu was given a bias {list(bias.shape)} for x {list(x.shape)}; it wants [F] for [..., F]"

@@ -83,6 +83,15 @@ class Algorithm(NamedTuple):
         return bytes(self.code).hex()
 
 
+def is_encoding(text: str) -> bool:
+    """Whether `text` could be that of an algorithm.
+
+    Raises:
+        ValueError: it is not hexadecimal.
+    """
+    return len(bytes.fromhex(text)) == ctypes.sizeof(_Code)
+
+
 @functools.cache
 def cublaslt() -> Any:
     """The library, or None where torch has loaded none (no CUDA, or ROCm)."""

@@ -68,7 +68,10 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
                 return leave_by_parts(region, outside, (attended, self.attention.dense), (mlp, self.mlp.dense_4h_to_h))
             biases = self._biases_left(stream, region, dropouts)
             leave = {"leave_bias": True} if biases else {}
-            branches = (self.attention(normed[0], **leave, **seen)[0], self.mlp(normed[1], **leave))
+            attended = self.attention(normed[0], **leave, **seen)[0]
+            if biases and not self._rate_in_join(stream, region, dropouts) and self.mlp.joins(normed[1], biases[0]):
+                return self.mlp.joined(normed[1], stream, attended, biases[0])
+            branches = (attended, self.mlp(normed[1], **leave))
             return self._joined(self._outside(hidden_states, stream, region), region, branches, dropouts, biases)
 
         entered, affine = enter(hidden_states, region, affines_of(self.input_layernorm), self.attention)

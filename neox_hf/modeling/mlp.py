@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from neox_hf.kernels import BIAS_GELU, bias_gelu
+from neox_hf.kernels import BIAS_GELU, bias_gelu, linear_gelu
+from neox_hf.kernels.autocast import autocast_dtype
 from neox_hf.kernels.fp8_mlp import fp8_mlp
+from neox_hf.kernels.residual_mlp import MlpWeights, residual_mlp
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
@@ -40,12 +42,35 @@ class GPTNeoXMLP(nn.Module):
         dense = self.dense_h_to_4h, self.dense_4h_to_h
         return is_bare(self.act, GELU) and all(is_bare(each, Linear) and each.trains_in_fp8 for each in dense)
 
+    def joins(self, hidden_states: Tensor, branch_bias: Tensor) -> bool:
+        """Whether `joined` may take the place of the sum behind both branches, whose biases are to be added there."""
+        up, down, act = self.dense_h_to_4h, self.dense_4h_to_h, self.act
+        bare = all(is_bare(dense, Linear) and dense.bias is not None for dense in (up, down)) and is_bare(act, GELU)
+        if not bare or up.trains_in_fp8 or down.trains_in_fp8 or not hidden_states.requires_grad:
+            return False
+        alike = hidden_states.dtype == up.weight.dtype and autocast_dtype(hidden_states.device) is None
+        has_kernel = BIAS_GELU.has_kernel_for(act.kernels, hidden_states)
+        return alike and has_kernel and self._weights(branch_bias).are_summed(act.kernels)
+
+    def joined(self, hidden_states: Tensor, stream: Tensor, branch: Tensor, branch_bias: Tensor) -> Tensor:
+        """stream + branch + branch_bias + this half of hidden_states, where `joins`."""
+        act, weights = self.act, self._weights(branch_bias)
+        operands = hidden_states, stream, branch, weights
+        return residual_mlp(*operands, act.form, makes_again=act.makes_again, backend=act.kernels)
+
+    def _weights(self, branch_bias: Tensor) -> MlpWeights:
+        up, down = self.dense_h_to_4h, self.dense_4h_to_h
+        return MlpWeights(up.weight, up.bias, down.weight, down.bias, branch_bias)
+
     def activated(self, hidden_states: Tensor) -> Tensor:
         """act(dense_h_to_4h(x)), the bias added by the activation's kernel: its gradient takes no pass of its own."""
         dense, act = self.dense_h_to_4h, self.act
         bare = is_bare(dense, Linear, ColumnParallelLinear) and is_bare(act, GELU) and dense.bias is not None
         if not bare or not BIAS_GELU.has_kernel_for(act.kernels, hidden_states):
             return act(dense(hidden_states))
+        if type(dense) is Linear and not dense.trains_in_fp8:
+            weights, again = (dense.weight, dense.bias), act.makes_again
+            return linear_gelu(hidden_states, *weights, act.form, makes_again=again, backend=act.kernels)
         product = dense.product(hidden_states)
         return bias_gelu(product, dense.bias, act.form, makes_again=act.makes_again, backend=act.kernels)
 

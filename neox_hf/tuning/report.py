@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from neox_hf.kernels.product_file import Measured
+from neox_hf.kernels.choice_file import Measured
 from neox_hf.tuning.search import Outcome, Tuning
 
 
-def product_table(measured: Mapping[str, Measured]) -> str:
-    """A line for each kind of product that was measured on this device: ms by torch, of the best, and who that is."""
-    rows = [("product", "torch ms", "best ms", "choice")]
+def product_table(measured: Mapping[str, Measured], plain: str = "torch") -> str:
+    """A line for each kind of product that was measured on this device: ms otherwise, which is `plain`, of the best,
+    and who that is."""
+    rows = [("product", f"{plain} ms", "best ms", "choice")]
     for kind, found in sorted(measured.items()):
-        choice = "torch" if found.algorithm is None else found.algorithm.rstrip("0")
-        rows.append((kind, f"{found.torch_ms:.4f}", f"{found.ms:.4f}", choice))
+        choice = plain if found.algorithm is None else found.algorithm.rstrip("0")
+        rows.append((kind, f"{found.plain_ms:.4f}", f"{found.ms:.4f}", choice))
     return _aligned(rows)
 
 

@@ -75,6 +75,13 @@ class Sizes:
         )
 
     @property
+    def mlp_is_one_node(self) -> bool:
+        """Whether the feed-forward half closes a block that is not split (`kernels/residual_mlp.py`)."""
+        behind_it_a_sum = self.parallel_residual and self.attention_bias and not self.dropout
+        alone = self.vocabulary is not None and self.parameters > 0
+        return alone and behind_it_a_sum and self.form is not None and self.stream == self.product
+
+    @property
     def tokens(self) -> int:
         return self.batch * self.sequence
 

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from neox_hf import kernels
-from neox_hf.kernels.linear import linear
 from neox_hf.kernels.qkv_gradient import HANDED_OVER, heads
 from scripts.bench import liger
 from scripts.bench.case import Case, streams, wides
@@ -168,9 +167,7 @@ ACTIVATIONS = (
         "linear + bias + GELU",
         make=mlp_inputs,
         torch=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)),
-        ours=lambda x, weight, bias, backend: kernels.bias_gelu(
-            linear(x, weight, backend=backend), bias, "erf", backend=backend
-        ),
+        ours=lambda x, weight, bias, backend: kernels.linear_gelu(x, weight, bias, "erf", backend=backend),
         forward=lambda s: products(s, 1),
         both=lambda s: products(s, 3),
         targets=(0.880, 2.60),

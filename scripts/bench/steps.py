@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from neox_hf.kernels import attention, product
+from neox_hf.kernels import attention, fused_product, product
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
@@ -51,6 +51,8 @@ class Ours:
             without_flash_attention_4()
         if "cublas" in self.variant.switches:
             without_choosing_products()
+        if "apart" in self.variant.switches:
+            without_fused_products()
         with self.device:
             model = GPTNeoXForCausalLM(config)
         arguments = self._arguments(folder)
@@ -89,6 +91,12 @@ def without_flash_attention_4() -> None:
 def without_choosing_products() -> None:
     """Likewise."""
     product.choices_on = lambda device: None
+    without_fused_products()
+
+
+def without_fused_products() -> None:
+    """Likewise."""
+    fused_product.fused_choices_on = lambda device: None
 
 
 class OneBatchTrainer(NeoXTrainer):

@@ -5,8 +5,8 @@ import torch
 
 from neox_hf.kernels import bias_dropout_residual, bias_gelu, causal_softmax, draw_dropout_seed, residual_add
 from neox_hf.kernels.bias_dropout_residual import fill_residual_
-from neox_hf.kernels.bias_gelu import _forward as gelu_forward
 from neox_hf.kernels.bias_gelu import bias_gelu_backward
+from neox_hf.kernels.bias_gelu import bias_gelu_forward as gelu_forward
 from neox_hf.kernels.causal_softmax import RowTiles, _launch_backward, _launch_forward, row_tiles
 from neox_hf.kernels.column_sums import ColumnGrid, column_grid, column_sums
 from tests.kernels.elementwise_cases import (

@@ -119,9 +119,8 @@ def test_every_candidate_computes_the_same(name, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_choice_is_left_out(device):
-    modules = [
-        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
-    ]
+    names = [found.name for found in pkgutil.iter_modules(kernels.__path__) if found.name != "quack_epilogues"]
+    modules = [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
     found = {value for module in modules for value in vars(module).values() if isinstance(value, LaunchChoice)}
     names = [choice.op for choice in found]
     assert len(set(names)) == len(names)

@@ -12,13 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from neox_hf.kernels import cublaslt as cublaslt_module
 from neox_hf.kernels import linear as linear_module
+from neox_hf.kernels import measured_choice, product_choice
 from neox_hf.kernels import product as product_module
-from neox_hf.kernels import product_choice
-from neox_hf.kernels.cublaslt import CublasLtError, Product, cublaslt
+from neox_hf.kernels.choice_file import ChoiceFile, Measured
+from neox_hf.kernels.cublaslt import CublasLtError, Product, cublaslt, is_encoding
 from neox_hf.kernels.linear import linear
+from neox_hf.kernels.measured_choice import coarse
 from neox_hf.kernels.product import linear_product, problem_of, product_, torch_product_
-from neox_hf.kernels.product_choice import ProductChoices, choices_on, coarse, kind_of
-from neox_hf.kernels.product_file import Measured, ProductFile
+from neox_hf.kernels.product_choice import ProductChoices, choices_on, kind_of
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.recompute import selective_contexts
 from tests.kernels.cublaslt_stand_in import CublasLt
@@ -57,7 +58,7 @@ def library(on_the_host, monkeypatch):
     for module in (product_module, linear_module):
         monkeypatch.setattr(module, "is_chosen", lambda backend, a, b: backend != "torch")
     monkeypatch.setattr(product_module, "MOST_ALIGNMENT", 16)  # which all memory has
-    monkeypatch.setattr(product_choice, "medians", quickest(2))
+    monkeypatch.setattr(measured_choice, "medians", quickest(2))
     return library
 
 
@@ -79,8 +80,8 @@ def quickest(number):
     return medians
 
 
-def file_in(folder, version=130100):
-    return ProductFile(folder / "products" / "NVIDIA_H200.json", DEVICE, version)
+def file_in(folder, version="130100"):
+    return ChoiceFile(folder / "products" / "NVIDIA_H200.json", DEVICE, "cublaslt", version, is_encoding)
 
 
 def said_in(file):
@@ -214,7 +215,7 @@ def test_the_quickest_is_taken_and_remembered(choices, library, tmp_path):
     a, b, out = operand(64, 32), operand(32, 48, True), torch.empty(64, 48).bfloat16()
     close(product_(out, a, b), exact(a, b))
     assert library.launched[-1] == 2
-    assert said_in(file_in(tmp_path)) == {KIND: {"algorithm": "02" + 63 * "00", "torch_ms": 1.0, "ms": 0.5}}
+    assert said_in(file_in(tmp_path)) == {KIND: {"algorithm": "02" + 63 * "00", "plain_ms": 1.0, "ms": 0.5}}
     library.launched.clear()
     product_(out, a, b)
     assert library.launched == [2]
@@ -235,12 +236,12 @@ def test_a_later_run_takes_it_without_measuring(choices, library, tmp_path, monk
 
 def test_another_version_of_the_library_measures_again(choices, library, tmp_path):
     product_(torch.empty(64, 48).bfloat16(), operand(64, 32), operand(32, 48, True))
-    assert file_in(tmp_path, version=130200).read() == {}
+    assert file_in(tmp_path, version="130200").read() == {}
     assert file_in(tmp_path).read() != {}
 
 
 def test_torch_is_taken_where_nothing_beats_it(choices, library, tmp_path, monkeypatch):
-    monkeypatch.setattr(product_choice, "medians", lambda computes, *_: dict.fromkeys(computes, 1.0))
+    monkeypatch.setattr(measured_choice, "medians", lambda computes, *_: dict.fromkeys(computes, 1.0))
     a, b, out = operand(64, 32), operand(32, 48, True), torch.empty(64, 48).bfloat16()
     product_(out, a, b)
     library.launched.clear()
@@ -253,7 +254,7 @@ def test_what_cannot_be_launched_is_not_timed(choices, library, tmp_path, monkey
     library.refused.add(2)
     timed = []
     monkeypatch.setattr(
-        product_choice, "medians", lambda computes, *_: timed.append(list(computes)) or dict.fromkeys(computes, 1.0)
+        measured_choice, "medians", lambda computes, *_: timed.append(list(computes)) or dict.fromkeys(computes, 1.0)
     )
     product_(torch.empty(64, 48).bfloat16(), operand(64, 32), operand(32, 48, True))
     assert [text and text[:2] for text in timed[0]] == [None, "01", "03"]
@@ -315,8 +316,8 @@ def test_plans_do_not_pile_up(choices, library, monkeypatch):
     [
         "not json",
         "[]",
-        '{"format": 1, "cublaslt": 130100, "products": {"a": {"algorithm": "02", "torch_ms": 1, "ms": 1}}}',
-        '{"format": 1, "cublaslt": 130100, "products": {"a": {"algorithm": null}}}',
+        '{"format": 2, "cublaslt": "130100", "products": {"a": {"algorithm": "02", "plain_ms": 1, "ms": 1}}}',
+        '{"format": 2, "cublaslt": "130100", "products": {"a": {"algorithm": null}}}',
     ],
 )
 def test_a_broken_file_is_replaced(text, tmp_path, caplog):
@@ -336,7 +337,7 @@ def test_the_first_rank_chooses_for_all(choices, library, tmp_path, monkeypatch)
     a, b, out = operand(64, 32), operand(32, 48, True), torch.empty(64, 48).bfloat16()
     product_(out, a, b)
     monkeypatch.setattr(product_module, "choices_on", lambda device: other)
-    monkeypatch.setattr(product_choice, "medians", quickest(3))
+    monkeypatch.setattr(measured_choice, "medians", quickest(3))
     product_(out, a, b)
     assert library.launched[-1] == 2
     assert other.measured == choices.measured == file_in(tmp_path).read()
@@ -438,16 +439,16 @@ def test_a_fake_tensor_knows_the_ops():
 def test_turns_are_timed_behind_as_many_calls_untimed(on_the_host, monkeypatch):
     """On this host by a clock that counts calls, of which some take longer."""
     ticks = []
-    monkeypatch.setattr(product_choice, "_event", lambda: Event(sum(ticks)))
+    monkeypatch.setattr(measured_choice, "_event", lambda: Event(sum(ticks)))
     computes = {None: lambda: ticks.append(3.0), "quick": lambda: ticks.append(1.0)}
-    assert product_choice.medians(computes, 5, {None: 2, "quick": 6}) == {None: 3.0, "quick": 1.0}
+    assert measured_choice.medians(computes, 5, {None: 2, "quick": 6}) == {None: 3.0, "quick": 1.0}
     assert (ticks.count(3.0), ticks.count(1.0)) == (5 * 2 * 2, 5 * 2 * 6)
 
 
 def test_measuring_has_a_share_of_the_time(choices, library, tmp_path, monkeypatch):
     """Of a run in which every measurement takes 40 s: two at once, the next when 50 times as long has gone by."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(product_choice, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(measured_choice, "time", SimpleNamespace(monotonic=lambda: clock.now))
     measure = product_choice.measure
 
     def slow(product, operands):
@@ -480,16 +481,16 @@ def test_who_is_in_front_is_timed_again_for_as_long_as_a_clock_takes_to_settle(c
     def medians(computes, rounds, calls):
         timed.append((rounds, {text and int(text[:2]): count for text, count in calls.items()}))
         ms = {None: 1.0, 6: 0.5, 1: 0.7, 4: 0.8, 5: 0.875, 2: 2.0, 3: 3.0}
-        ms = ms if rounds == product_choice.QUICK_ROUNDS else dict.fromkeys(ms, 0.9) | {None: 1.0, 5: 0.6}
+        ms = ms if rounds == measured_choice.QUICK_ROUNDS else dict.fromkeys(ms, 0.9) | {None: 1.0, 5: 0.6}
         return {text: ms[text and int(text[:2])] for text in computes}
 
-    monkeypatch.setattr(product_choice, "medians", medians)
+    monkeypatch.setattr(measured_choice, "medians", medians)
     product_(torch.empty(64, 48).bfloat16(), operand(64, 32), operand(32, 48, True))
     (_, quick), (rounds, steady) = timed
-    assert set(quick.values()) == {product_choice.QUICK_CALLS}
-    assert (rounds, steady) == (product_choice.STEADY_ROUNDS, {None: 35, 6: 70, 1: 50, 4: 44, 5: 40})
+    assert set(quick.values()) == {measured_choice.QUICK_CALLS}
+    assert (rounds, steady) == (measured_choice.STEADY_ROUNDS, {None: 35, 6: 70, 1: 50, 4: 44, 5: 40})
     assert library.launched[-1] == 5
-    assert product_choice.steady_calls(100.0) == 1
+    assert measured_choice.steady_calls(100.0) == 1
 
 
 class Event:

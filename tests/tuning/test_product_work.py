@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from neox_hf.kernels import product as product_module
+from neox_hf.kernels.choice_file import Measured
 from neox_hf.kernels.product import problem_of, torch_product_
 from neox_hf.kernels.product_choice import kind_of
-from neox_hf.kernels.product_file import Measured
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig

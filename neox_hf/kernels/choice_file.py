@@ -1,17 +1,17 @@
-"""The file of algorithms of cuBLASLt that were quickest on one device: what is in it, and when it counts.
+"""The file of a library's algorithms that were quickest on one device: what is in it, and when it counts.
 
-    {"format": 1, "device": "NVIDIA H200", "cublaslt": 130100,
+    {"format": 2, "device": "NVIDIA H200", "cublaslt": "130100",
      "products": {"bfloat16 65536x768x3072 row column -> bfloat16":
-                  {"algorithm": "4200...", "torch_ms": 0.490, "ms": 0.406}, ...}}
+                  {"algorithm": "4200...", "plain_ms": 0.490, "ms": 0.406}, ...}}
 
-`algorithm` is null where none was quicker than torch's product. It lies under `products/` (`cache_file.py`). Whatever
-is wrong with it, a run goes on and measures again.
+`algorithm` is null where none was quicker than what computes such a product otherwise, in `plain_ms`. It lies in a
+folder of its library's (`cache_file.py`). Whatever is wrong with it, a run goes on and measures again.
 """
 
 import fcntl
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,40 +20,45 @@ from neox_hf.kernels.cache_file import cache_path, replace_whole
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-
-ALGORITHM_BYTES = 64
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found for a kind of product: cuBLASLt's encoding of the algorithm, or None for torch's, and ms."""
+    """What was found for a kind of product: how the library is to compute it, or None for not at all, and ms."""
 
     algorithm: str | None
-    torch_ms: float
+    plain_ms: float
     ms: float
 
 
 @dataclass(frozen=True)
-class ProductFile:
-    """The file of one device and one version of cuBLASLt."""
+class ChoiceFile:
+    """The file of one device and one version of a library.
+
+    is_algorithm: whether a text may be one, so that a broken file is found out before it is used.
+    """
 
     path: Path
     device_name: str
-    version: int
+    library: str
+    version: str
+    is_algorithm: Callable[[str], bool]
 
     @classmethod
-    def of(cls, device_name: str, version: int) -> "ProductFile":
-        return cls(cache_path("products", device_name), device_name, version)
+    def of(
+        cls, folder: str, device_name: str, library: str, version: str, is_algorithm: Callable[[str], bool]
+    ) -> "ChoiceFile":
+        return cls(cache_path(folder, device_name), device_name, library, version, is_algorithm)
 
     def read(self) -> dict[str, Measured]:
         """By kind of product; nothing, with a warning, where the file does not count here or is broken."""
         try:
             document = json.loads(self.path.read_bytes())
-            if (document["format"], document["cublaslt"]) != (FORMAT, self.version):
-                logger.info("%s was measured with another cuBLASLt; products are measured again", self.path)
+            if (document["format"], document[self.library]) != (FORMAT, self.version):
+                logger.info("%s was measured with another %s; products are measured again", self.path, self.library)
                 return {}
-            return {str(kind): _entry(item) for kind, item in document["products"].items()}
+            return {str(kind): self._entry(item) for kind, item in document["products"].items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,14 +91,13 @@ class ProductFile:
         document = {
             "format": FORMAT,
             "device": self.device_name,
-            "cublaslt": self.version,
+            self.library: self.version,
             "products": {kind: asdict(products[kind]) for kind in sorted(products)},
         }
         replace_whole(self.path, document)
 
-
-def _entry(item: Mapping[str, Any]) -> Measured:
-    algorithm = item["algorithm"]
-    if algorithm is not None and len(bytes.fromhex(algorithm)) != ALGORITHM_BYTES:
-        raise ValueError(f"an algorithm of {ALGORITHM_BYTES} bytes was expected, not {algorithm!r}")
-    return Measured(algorithm, float(item["torch_ms"]), float(item["ms"]))
+    def _entry(self, item: Mapping[str, Any]) -> Measured:
+        algorithm = item["algorithm"]
+        if algorithm is not None and not self.is_algorithm(algorithm):
+            raise ValueError(f"{algorithm!r} is no algorithm of {self.library}")
+        return Measured(algorithm, float(item["plain_ms"]), float(item["ms"]))
