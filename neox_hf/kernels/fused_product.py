@@ -61,11 +61,9 @@ TILES = {
     tile.text: tile
     for tile in (
         Tile(128, 160, True, (1, 2)),
-        Tile(128, 160, True, (2, 1)),
         Tile(128, 192, True, (1, 2)),
         Tile(128, 192, True, (2, 1)),
         Tile(192, 128, True, (1, 2)),
-        Tile(256, 128, False, (1, 2)),
     )
 }
 

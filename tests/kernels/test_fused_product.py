@@ -16,7 +16,7 @@ from tests.kernels.quack_stand_in import DSLBaseError, Epilogues
 
 DEVICE = "NVIDIA H200"
 TOKENS, HIDDEN, INNER = 300, 48, 64
-QUICKEST = "128x192 pingpong 1x2"
+QUICKEST = "128x192 pingpong 2x1"
 KIND = "product, gelu erf float32 320x48x64"
 
 
@@ -26,11 +26,11 @@ def file_in(folder, version="0.6.5"):
 
 
 def quickest(text):
-    """ms of everything that is timed; all of it runs once."""
+    """ms of everything that is timed; all of it runs once, that of `text` last."""
 
     def medians(computes, rounds, calls):
-        for compute in computes.values():
-            compute()
+        for each in sorted(computes, key=lambda each: each == text):
+            computes[each]()
         return {each: 1.0 if each is None else 0.5 if each == text else 2.0 for each in computes}
 
     return medians
@@ -38,7 +38,7 @@ def quickest(text):
 
 @pytest.fixture
 def quack(monkeypatch):
-    """quack, asked about products of any size; a tile that all of them have is quickest."""
+    """quack, asked about products of any size; of the tiles for GELU behind a product, one is quickest."""
     ends = Epilogues()
     for module in (gelu_product, residual_product):
         monkeypatch.setattr(module, "is_chosen", lambda backend, a, b: backend != "torch")
@@ -83,7 +83,8 @@ def test_gelu_behind_a_product(form, choices, quack):
 @pytest.mark.parametrize("form", ["erf", "tanh"])
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("sums", [None, torch.float32])
-def test_gelu_backward_behind_a_product(form, again, sums, choices, quack):
+def test_gelu_backward_behind_a_product(form, again, sums, choices, quack, monkeypatch):
+    monkeypatch.setattr(measured_choice, "medians", quickest("128x160 pingpong 1x2"))
     dout, weight = values(2, TOKENS // 2, HIDDEN), values(HIDDEN, INNER, scale=0.1)
     z, bias = values(2, TOKENS // 2, INNER), values(INNER)
     dz, dbias, y = gelu_product.gelu_product_backward(dout, weight, z, bias, form, sums, again, "triton")
@@ -98,17 +99,17 @@ def test_gelu_backward_behind_a_product(form, again, sums, choices, quack):
     assert y.shape == (value.shape if again else (0,))
     if again:
         torch.testing.assert_close(y.double(), value.detach(), rtol=1e-5, atol=1e-5)
-    assert getattr(quack, f"{form}_gelu_backward{'_again' if again else ''}").tiles[-1] == QUICKEST
+    assert getattr(quack, f"{form}_gelu_backward{'_again' if again else ''}").tiles[-1] == "128x160 pingpong 1x2"
 
 
 def test_the_sum_behind_a_product(choices, quack, monkeypatch):
-    monkeypatch.setattr(measured_choice, "medians", quickest("256x128 shared 1x2"))
+    monkeypatch.setattr(measured_choice, "medians", quickest("192x128 pingpong 1x2"))
     y, weight = values(2, TOKENS // 2, INNER), values(HIDDEN, INNER, scale=0.1)
     stream, branch = (values(2, TOKENS // 2, HIDDEN, seed=seed) for seed in (1, 2))
     biases = values(HIDDEN, seed=3), values(HIDDEN, seed=4)
     out = residual_product.residual_product(y, weight, stream, branch, *biases, "triton")
     torch.testing.assert_close(out, y @ weight.t() + stream + branch + biases[0] + biases[1], rtol=1e-5, atol=1e-5)
-    assert quack.residual.tiles[-1] == "256x128 shared 1x2"
+    assert quack.residual.tiles[-1] == "192x128 pingpong 1x2"
 
 
 def test_what_was_found_is_remembered(choices, quack, tmp_path, monkeypatch):
