@@ -63,7 +63,7 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
             dropouts = (self.post_attention_dropout, self.post_mlp_dropout)
             if self._leaves_by_parts(region, dropouts):
                 attended = self.attention.attended(normed[0], **seen)[0]
-                mlp = self.mlp.activated(normed[1])
+                mlp = self.mlp.leaving(normed[1])
                 outside = self._outside(hidden_states, stream, region)
                 return leave_by_parts(region, outside, (attended, self.attention.dense), (mlp, self.mlp.dense_4h_to_h))
             biases = self._biases_left(stream, region, dropouts)

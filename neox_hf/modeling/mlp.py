@@ -1,5 +1,6 @@
 """The feed-forward half of the block."""
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -10,7 +11,7 @@ from neox_hf.kernels.residual_mlp import MlpWeights, residual_mlp
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
-from neox_hf.parallel import ALONE, ColumnParallelLinear, Linear, TensorRegion, column_linear, row_linear
+from neox_hf.parallel import ALONE, BehindGelu, ColumnParallelLinear, Linear, TensorRegion, column_linear, row_linear
 
 # transformers' names of the two forms of GELU. `gelu_fast` is GPT-NeoX-20B's.
 GELU_FORMS = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -48,9 +49,7 @@ class GPTNeoXMLP(nn.Module):
         bare = all(is_bare(dense, Linear) and dense.bias is not None for dense in (up, down)) and is_bare(act, GELU)
         if not bare or up.trains_in_fp8 or down.trains_in_fp8 or not hidden_states.requires_grad:
             return False
-        alike = hidden_states.dtype == up.weight.dtype and autocast_dtype(hidden_states.device) is None
-        has_kernel = BIAS_GELU.has_kernel_for(act.kernels, hidden_states)
-        return alike and has_kernel and self._weights(branch_bias).are_summed(act.kernels)
+        return self._is_one_dtype(hidden_states) and self._weights(branch_bias).are_summed(act.kernels)
 
     def joined(self, hidden_states: Tensor, stream: Tensor, branch: Tensor, branch_bias: Tensor) -> Tensor:
         """stream + branch + branch_bias + this half of hidden_states, where `joins`."""
@@ -61,6 +60,23 @@ class GPTNeoXMLP(nn.Module):
     def _weights(self, branch_bias: Tensor) -> MlpWeights:
         up, down = self.dense_h_to_4h, self.dense_4h_to_h
         return MlpWeights(up.weight, up.bias, down.weight, down.bias, branch_bias)
+
+    def leaving(self, hidden_states: Tensor) -> Tensor | BehindGelu:
+        """What `dense_4h_to_h` is to read where `leave_by_parts` ends the block: `activated`, or how it came about."""
+        dense, act = self.dense_h_to_4h, self.act
+        bare = is_bare(dense, ColumnParallelLinear) and is_bare(act, GELU) and dense.bias is not None
+        if not (bare and dense.postpones and self._is_one_dtype(hidden_states)):
+            return self.activated(hidden_states)
+        z, y = dense.product_and_gelu(hidden_states, act.form)
+        return BehindGelu(z, y, dense.bias, act.form, act.makes_again)
+
+    def _is_one_dtype(self, hidden_states: Tensor) -> bool:
+        """Whether a kernel goes on from a product in the dtype that both are in, and no compiler traces."""
+        dense, act = self.dense_h_to_4h, self.act
+        dtypes = {hidden_states.dtype, dense.weight.dtype, dense.bias.dtype}
+        alike = len(dtypes) == 1 and autocast_dtype(hidden_states.device) is None
+        has_kernel = BIAS_GELU.has_kernel_for(act.kernels, hidden_states)
+        return alike and has_kernel and not torch.compiler.is_compiling()
 
     def activated(self, hidden_states: Tensor) -> Tensor:
         """act(dense_h_to_4h(x)), the bias added by the activation's kernel: its gradient takes no pass of its own."""

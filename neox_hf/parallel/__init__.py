@@ -7,7 +7,7 @@ from neox_hf.parallel.embedding import (
     vocabulary_head,
     vocabulary_shard,
 )
-from neox_hf.parallel.leaving import leave_by_parts
+from neox_hf.parallel.leaving import BehindGelu, leave_by_parts
 from neox_hf.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear, column_linear, enter, row_linear
 from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.parallel.shards import Shard, Sharded, shards_of
@@ -16,6 +16,7 @@ from neox_hf.parallel.topology import Topology
 
 __all__ = [
     "ALONE",
+    "BehindGelu",
     "ColumnParallelLinear",
     "Linear",
     "ParallelSettings",

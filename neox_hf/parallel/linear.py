@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from neox_hf.kernels.fp8_linear import Fp8Linear, fp8_linear
 from neox_hf.kernels.linear import linear
 from neox_hf.kernels.weight_gradient import adder_of
-from neox_hf.parallel.overlap import PostponedGradients, enter_ahead_of, gathered_linear, postponing_linear
+from neox_hf.parallel.overlap import (
+    PostponedGradients,
+    enter_ahead_of,
+    gathered_linear,
+    postponing_gelu,
+    postponing_linear,
+)
 from neox_hf.parallel.shards import Shard, Sharded
 from neox_hf.parallel.tensor_region import TensorRegion
 
@@ -96,6 +102,17 @@ class ColumnParallelLinear(nn.Linear, Sharded):
     def product(self, x: Tensor) -> Tensor:
         """This rank's part of x W^T; the bias is left to who adds it in passing."""
         return self._product(x, None)
+
+    @property
+    def postpones(self) -> bool:
+        """Whether the next forward pass does."""
+        return self._postponed is not None
+
+    def product_and_gelu(self, x: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        """This rank's part z of x W^T, and gelu(z + b), through which no gradient flows; where it `postpones`."""
+        postponed, self._postponed = self._postponed, None
+        assert postponed is not None, "who calls this has asked `postpones`"
+        return postponing_gelu(postponed, x, self.weight, self.bias, form, self.kernels)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         region = self.region.in_mode(self.training)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neox_hf.kernels.gelu_product import gelu_product
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
@@ -104,12 +105,42 @@ class _PostponingLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x = ctx.saved_tensors
-        if ctx.late is None:
-            ctx.postponed.give(gradient, x, ctx.biased, ctx.backend)
-        else:  # there before it is taken: what makes x stands behind `enter`
-            ctx.late.when_there(lambda again: ctx.postponed.give(gradient, again, ctx.biased, ctx.backend))
-        return None, None, None, linear_product(gradient, weight.t(), backend=ctx.backend), None, None
+        return None, None, None, _gradient_of_input(ctx, gradient), None, None
+
+
+def _gradient_of_input(ctx: Any, gradient: Tensor) -> Tensor:
+    """The others are postponed."""
+    weight, x = ctx.saved_tensors
+    if ctx.late is None:
+        ctx.postponed.give(gradient, x, ctx.biased, ctx.backend)
+    else:  # there before it is taken: what makes x stands behind `enter`
+        ctx.late.when_there(lambda again: ctx.postponed.give(gradient, again, ctx.biased, ctx.backend))
+    return linear_product(gradient, weight.t(), backend=ctx.backend)
+
+
+class _PostponingGelu(torch.autograd.Function):
+    """z = x W^T with a gradient as `_PostponingLinear`'s, and gelu(z + b) without any."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        postponed: PostponedGradients,
+        late: LateTensor | None,
+        form: str,
+        backend: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.postponed, ctx.late, ctx.biased, ctx.backend = postponed, late, False, backend
+        ctx.save_for_backward(weight, None if late else x)
+        z, y = gelu_product(x, weight, bias, form, backend)
+        ctx.mark_non_differentiable(y)
+        return z, y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, _gradient_of_input(ctx, gradient), None, None
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -180,6 +211,15 @@ def postponing_linear(
     bias = None if bias is None else bias.detach()
     late = late_form(x) if postponed.adds else None
     return _PostponingLinear.apply(postponed, late, backend, *in_autocast_dtype(x, weight.detach(), bias))
+
+
+@torch.compiler.disable
+def postponing_gelu(
+    postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor, form: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """z = x W^T, whose backward pass is `postponing_linear`'s, and gelu(z + b), through which no gradient flows."""
+    late = late_form(x) if postponed.adds else None
+    return _PostponingGelu.apply(postponed, late, form, backend, x, weight.detach(), bias.detach())
 
 
 @torch.compiler.disable

@@ -197,3 +197,24 @@ def test_in_evaluation_dropout_is_no_reason(log):
     run(layer_of_two(hidden_dropout=0.1).eval())
     assert log.count("start") == 1
     assert log.count("product") == 2
+
+
+@pytest.mark.parametrize("frozen", ["mlp.dense_h_to_4h.bias", "mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"])
+@pytest.mark.parametrize("summed", [False, True])
+def test_behind_gelu_only_what_trains_has_a_gradient(frozen, summed, log):
+    layer = layer_of_two(kernels="triton")
+    for parameter in layer.parameters() if summed else ():
+        sum_in(parameter, SumInGrad())
+    layer.get_parameter(frozen).requires_grad_(False)
+    y, _ = run(layer)
+    y.sum().backward()
+    assert [name for name, parameter in layer.named_parameters() if parameter.grad is None] == [frozen]
+
+
+def test_a_column_linear_that_does_not_train_is_read_as_it_is(log):
+    layer = layer_of_two(kernels="triton")
+    layer.mlp.dense_h_to_4h.weight.requires_grad_(False)
+    y, x = run(layer)
+    y.sum().backward()
+    assert x.grad is not None
+    assert layer.mlp.dense_h_to_4h.bias.grad is not None
