@@ -22,7 +22,14 @@ from torch import Tensor
 
 from neox_hf.kernels.choice_file import ChoiceFile, Measured
 from neox_hf.kernels.launch_file import dtype_name
-from neox_hf.kernels.measured_choice import Compute, MeasuredChoices, NotNowError, coarse, quickest_of
+from neox_hf.kernels.measured_choice import (
+    MOST_PLANS,
+    Compute,
+    MeasuredChoices,
+    NotNowError,
+    coarse,
+    quickest_of,
+)
 from neox_hf.kernels.product import LEAST_ALIGNMENT
 
 logger = logging.getLogger(__name__)
@@ -37,33 +44,30 @@ FAR_APART = 0.03
 
 
 class Tile(NamedTuple):
-    """How quack divides a product. pingpong: two groups of warps take turns, each with a tile of its own; else they
-    share one. cluster: thread blocks that share what they read, by rows and columns."""
+    """How quack divides a product. cluster: thread blocks that share what they read, by rows and columns."""
 
     rows: int
     columns: int
-    pingpong: bool
     cluster: tuple[int, int]
 
     @property
     def text(self) -> str:
-        way = "pingpong" if self.pingpong else "shared"
-        return f"{self.rows}x{self.columns} {way} {self.cluster[0]}x{self.cluster[1]}"
+        return f"{self.rows}x{self.columns} {self.cluster[0]}x{self.cluster[1]}"
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """quack's."""
-        sizes = {"tile_M": self.rows, "tile_N": self.columns, "pingpong": self.pingpong}
+        """quack's. Two groups of warps take turns, each with a tile of its own: one sums while the other goes on."""
+        sizes = {"tile_M": self.rows, "tile_N": self.columns, "pingpong": True}
         return sizes | {"cluster_M": self.cluster[0], "cluster_N": self.cluster[1]}
 
 
 TILES = {
     tile.text: tile
     for tile in (
-        Tile(128, 160, True, (1, 2)),
-        Tile(128, 192, True, (1, 2)),
-        Tile(128, 192, True, (2, 1)),
-        Tile(192, 128, True, (1, 2)),
+        Tile(128, 160, (1, 2)),
+        Tile(128, 192, (1, 2)),
+        Tile(128, 192, (2, 1)),
+        Tile(192, 128, (1, 2)),
     )
 }
 
@@ -97,8 +101,10 @@ class FusedChoices(MeasuredChoices):
             except torch.OutOfMemoryError as error:
                 logger.info("%s is computed apart: %s", kind, error)
                 text = None
-            self.tiles[key] = None if text is None else TILES[text]
-            return self.tiles[key]
+            if len(self.tiles) >= MOST_PLANS:
+                self.tiles.clear()
+            self.tiles[key] = tile = None if text is None else TILES[text]
+            return tile
 
 
 @functools.cache

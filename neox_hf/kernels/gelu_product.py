@@ -18,8 +18,8 @@ from neox_hf.kernels.fused_product import FusedProduct, Tile, epilogues, fused_t
 from neox_hf.kernels.product import is_chosen, linear_product
 from neox_hf.kernels.registration import register, register_fake
 
-FORWARD_TILES = ("192x128 pingpong 1x2", "128x192 pingpong 2x1")
-BACKWARD_TILES = ("128x160 pingpong 1x2", "128x192 pingpong 1x2")
+FORWARD_TILES = ("192x128 1x2", "128x192 2x1")
+BACKWARD_TILES = ("128x160 1x2", "128x192 1x2")
 
 FORWARD = {form: FusedProduct(f"product, gelu {form}", FORWARD_TILES) for form in ("erf", "tanh")}
 BACKWARD = {

@@ -18,6 +18,7 @@ from neox_hf.kernels.late_tensor import LateTensor, late_form, late_tensors, mar
 from neox_hf.kernels.linear import linear
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.product import linear_product
+from neox_hf.kernels.selective_checkpoint import selective_mode
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of, weight_gradient
 
 
@@ -61,6 +62,15 @@ class _LinearGelu(torch.autograd.Function):
         return dx, dweight, None if ctx.sum_dtype is None else dbias, None
 
 
+def goes_on(x: Tensor, backend: str) -> bool:
+    """Whether a product of x may go on with GELU: there is a kernel for that, and nothing watches what is in between.
+
+    A compiler sees more than it would of an autograd function, and selective checkpointing keeps the product alone.
+    """
+    watched = torch.compiler.is_compiling() or selective_mode() is not None
+    return not watched and autocast_dtype(x.device) in (None, x.dtype) and BIAS_GELU.has_kernel_for(backend, x)
+
+
 def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, form: GeluForm, *, makes_again: bool = False, backend: str = "auto"
 ) -> Tensor:
@@ -75,8 +85,8 @@ def linear_gelu(
             f"linear_gelu was given x {list(x.shape)}, a weight {list(weight.shape)} and a bias {list(bias.shape)}; it "
             "wants [..., in], [out, in] and [out]"
         )
-    alike = x.dtype == weight.dtype == bias.dtype and autocast_dtype(x.device) in (None, x.dtype)
-    if torch.compiler.is_compiling() or not alike or not BIAS_GELU.has_kernel_for(backend, x):
+    alike = x.dtype == weight.dtype == bias.dtype
+    if not alike or not goes_on(x, backend):
         return bias_gelu(linear(x, weight, backend=backend), bias, form, makes_again=makes_again, backend=backend)
     add = adder_of(weight, backend) if x.requires_grad else None
     late_y = late_tensors(1, x) if makes_again else ()

@@ -34,6 +34,9 @@ its time. Batches of ever other lengths would else be measured for longer than t
 KEPT_BITS = 4
 """Sizes of one kind agree in so many leading bits: batches of many lengths are not measured one by one."""
 
+MOST_PLANS = 4096
+"""Shapes of which it is remembered what computes them; then all are looked up anew."""
+
 Compute = Callable[[], object]
 
 

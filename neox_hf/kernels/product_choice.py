@@ -15,11 +15,9 @@ from torch import Tensor
 from neox_hf.kernels.choice_file import ChoiceFile, Measured
 from neox_hf.kernels.cublaslt import Algorithm, CublasLtError, Problem, Product, cublaslt, is_encoding
 from neox_hf.kernels.launch_file import dtype_name
-from neox_hf.kernels.measured_choice import Compute, MeasuredChoices, NotNowError, coarse, quickest_of
+from neox_hf.kernels.measured_choice import MOST_PLANS, Compute, MeasuredChoices, NotNowError, coarse, quickest_of
 
 logger = logging.getLogger(__name__)
-
-MOST_PLANS = 4096
 
 
 class Plan(NamedTuple):

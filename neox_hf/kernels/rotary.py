@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from neox_hf.kernels.column_sums import column_sums, finish_column_sums
 from neox_hf.kernels.devices import multiprocessors
@@ -29,6 +27,7 @@ from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import heads, whole
 from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.rotary_launches import ASSEMBLE, ASSEMBLE_WITH_SUMS, IN_PLACE, tile
+from neox_hf.kernels.selective_checkpoint import selective_mode
 
 KEEPS_ROTATION = "keeps_rotation"
 """A policy of selective checkpointing that keeps `neox_hf::rotary_in_place` says so by this attribute."""
@@ -309,12 +308,12 @@ def _is_rotated_again() -> bool:
     It does not with a policy that keeps both and says so: then the second pass finds the kept qkv rotated, and the
     operator kept.
     """
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, _CachingTorchDispatchMode):
-            return not getattr(mode.policy_fn, KEEPS_ROTATION, False)
-        if isinstance(mode, _CachedTorchDispatchMode):
-            return torch.ops.neox_hf.rotary_in_place.default not in mode.storage
-    return False
+    mode = selective_mode()
+    if mode is None:
+        return False
+    if hasattr(mode, "policy_fn"):
+        return not getattr(mode.policy_fn, KEEPS_ROTATION, False)
+    return torch.ops.neox_hf.rotary_in_place.default not in mode.storage
 
 
 def rotary_triton(

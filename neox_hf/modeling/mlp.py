@@ -1,12 +1,11 @@
 """The feed-forward half of the block."""
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from neox_hf.kernels import BIAS_GELU, bias_gelu, linear_gelu
-from neox_hf.kernels.autocast import autocast_dtype
 from neox_hf.kernels.fp8_mlp import fp8_mlp
+from neox_hf.kernels.linear_gelu import goes_on
 from neox_hf.kernels.residual_mlp import MlpWeights, residual_mlp
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
@@ -49,7 +48,7 @@ class GPTNeoXMLP(nn.Module):
         bare = all(is_bare(dense, Linear) and dense.bias is not None for dense in (up, down)) and is_bare(act, GELU)
         if not bare or up.trains_in_fp8 or down.trains_in_fp8 or not hidden_states.requires_grad:
             return False
-        return self._is_one_dtype(hidden_states) and self._weights(branch_bias).are_summed(act.kernels)
+        return self._goes_on(hidden_states) and self._weights(branch_bias).are_summed(act.kernels)
 
     def joined(self, hidden_states: Tensor, stream: Tensor, branch: Tensor, branch_bias: Tensor) -> Tensor:
         """stream + branch + branch_bias + this half of hidden_states, where `joins`."""
@@ -65,18 +64,16 @@ class GPTNeoXMLP(nn.Module):
         """What `dense_4h_to_h` is to read where `leave_by_parts` ends the block: `activated`, or how it came about."""
         dense, act = self.dense_h_to_4h, self.act
         bare = is_bare(dense, ColumnParallelLinear) and is_bare(act, GELU) and dense.bias is not None
-        if not (bare and dense.postpones and self._is_one_dtype(hidden_states)):
+        if not (bare and dense.postpones and self._goes_on(hidden_states)):
             return self.activated(hidden_states)
         z, y = dense.product_and_gelu(hidden_states, act.form)
         return BehindGelu(z, y, dense.bias, act.form, act.makes_again)
 
-    def _is_one_dtype(self, hidden_states: Tensor) -> bool:
-        """Whether a kernel goes on from a product in the dtype that both are in, and no compiler traces."""
-        dense, act = self.dense_h_to_4h, self.act
-        dtypes = {hidden_states.dtype, dense.weight.dtype, dense.bias.dtype}
-        alike = len(dtypes) == 1 and autocast_dtype(hidden_states.device) is None
-        has_kernel = BIAS_GELU.has_kernel_for(act.kernels, hidden_states)
-        return alike and has_kernel and not torch.compiler.is_compiling()
+    def _goes_on(self, hidden_states: Tensor) -> bool:
+        """Whether the first product may go on with GELU, all of one dtype."""
+        dense = self.dense_h_to_4h
+        alike = hidden_states.dtype == dense.weight.dtype == dense.bias.dtype
+        return alike and goes_on(hidden_states, self.act.kernels)
 
     def activated(self, hidden_states: Tensor) -> Tensor:
         """act(dense_h_to_4h(x)), the bias added by the activation's kernel: its gradient takes no pass of its own."""

@@ -16,7 +16,7 @@ from tests.kernels.quack_stand_in import DSLBaseError, Epilogues
 
 DEVICE = "NVIDIA H200"
 TOKENS, HIDDEN, INNER = 300, 48, 64
-QUICKEST = "128x192 pingpong 2x1"
+QUICKEST = "128x192 2x1"
 KIND = "product, gelu erf float32 320x48x64"
 
 
@@ -84,7 +84,7 @@ def test_gelu_behind_a_product(form, choices, quack):
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("sums", [None, torch.float32])
 def test_gelu_backward_behind_a_product(form, again, sums, choices, quack, monkeypatch):
-    monkeypatch.setattr(measured_choice, "medians", quickest("128x160 pingpong 1x2"))
+    monkeypatch.setattr(measured_choice, "medians", quickest("128x160 1x2"))
     dout, weight = values(2, TOKENS // 2, HIDDEN), values(HIDDEN, INNER, scale=0.1)
     z, bias = values(2, TOKENS // 2, INNER), values(INNER)
     dz, dbias, y = gelu_product.gelu_product_backward(dout, weight, z, bias, form, sums, again, "triton")
@@ -99,17 +99,17 @@ def test_gelu_backward_behind_a_product(form, again, sums, choices, quack, monke
     assert y.shape == (value.shape if again else (0,))
     if again:
         torch.testing.assert_close(y.double(), value.detach(), rtol=1e-5, atol=1e-5)
-    assert getattr(quack, f"{form}_gelu_backward{'_again' if again else ''}").tiles[-1] == "128x160 pingpong 1x2"
+    assert getattr(quack, f"{form}_gelu_backward{'_again' if again else ''}").tiles[-1] == "128x160 1x2"
 
 
 def test_the_sum_behind_a_product(choices, quack, monkeypatch):
-    monkeypatch.setattr(measured_choice, "medians", quickest("192x128 pingpong 1x2"))
+    monkeypatch.setattr(measured_choice, "medians", quickest("192x128 1x2"))
     y, weight = values(2, TOKENS // 2, INNER), values(HIDDEN, INNER, scale=0.1)
     stream, branch = (values(2, TOKENS // 2, HIDDEN, seed=seed) for seed in (1, 2))
     biases = values(HIDDEN, seed=3), values(HIDDEN, seed=4)
     out = residual_product.residual_product(y, weight, stream, branch, *biases, "triton")
     torch.testing.assert_close(out, y @ weight.t() + stream + branch + biases[0] + biases[1], rtol=1e-5, atol=1e-5)
-    assert quack.residual.tiles[-1] == "192x128 pingpong 1x2"
+    assert quack.residual.tiles[-1] == "192x128 1x2"
 
 
 def test_what_was_found_is_remembered(choices, quack, tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_every_tile_is_known(product):
 def test_an_unknown_tile_is_no_algorithm(tmp_path):
     file = file_in(tmp_path)
     file.path.parent.mkdir()
-    entry = {"algorithm": "64x64 pingpong 1x1", "plain_ms": 1.0, "ms": 0.5}
+    entry = {"algorithm": "64x64 1x1", "plain_ms": 1.0, "ms": 0.5}
     file.path.write_text(json.dumps({"format": 2, "quack": "0.6.5", "products": {KIND: entry}}))
     assert file.read() == {}
 

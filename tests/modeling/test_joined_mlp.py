@@ -1,10 +1,15 @@
 """Where the feed-forward half and the sum that closes a block are one node: then, gradients are the same."""
 
+import importlib
+
 import pytest
 import torch
 
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.mlp import GPTNeoXMLP
+from neox_hf.modeling.recompute import recompute_kwargs
+
+linear_gelu_module = importlib.import_module("neox_hf.kernels.linear_gelu")  # its function has the same name
 
 
 @pytest.fixture
@@ -74,3 +79,13 @@ def test_without_gradients_it_is_left(make_model, tokens, joined):
     with torch.no_grad():
         model(tokens(length=8), use_cache=False)
     assert joined == []
+
+
+def test_where_torch_keeps_products_it_is_left(make_model, tokens, joined, monkeypatch):
+    """Selective checkpointing would keep what is behind the products as well, or compute them again."""
+    seen = []
+    monkeypatch.setattr(linear_gelu_module, "gelu_product", lambda *_: seen.append("gelu_product"))
+    model = summing(make_model(kernels="triton", hidden_dropout=0.0))
+    model.activation_checkpointing_enable(recompute_kwargs("selective"))
+    loss_and_gradients(model, tokens(length=8))
+    assert joined == seen == []
