@@ -19,11 +19,11 @@ from neox_hf.kernels.linear import linear
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.selective_checkpoint import selective_mode
-from neox_hf.kernels.weight_gradient import AddProduct, adder_of, weight_gradient
+from neox_hf.kernels.weight_gradient import AddProduct, adder_of, gradient_or_sum
 
 
 class _Settings(NamedTuple):
-    """made_again: what stands for x, and for y, if it is made again. add: what takes the weight's gradient."""
+    """add: what takes the weight's gradient. late_x, late_y: what stands for x, and for y, if it is made again."""
 
     form: str
     add: AddProduct | None
@@ -50,15 +50,12 @@ class _LinearGelu(torch.autograd.Function):
         dz, dbias, y = bias_gelu_backward(dy, z, bias, form, ctx.sum_dtype, awaited)
         if awaited:
             late_y.arrive(y)
-        tokens = dz.flatten(0, -2)
         dx = linear_product(dz, weight.t(), backend=backend) if ctx.needs_input_grad[0] else None
         dweight = None
-        if late_x is not None:
-            late_x.when_there(lambda made: add(tokens, made.flatten(0, -2)))
-        elif add is not None:
-            add(tokens, x.flatten(0, -2))
-        elif ctx.needs_input_grad[1]:
-            dweight = weight_gradient(tokens, x.flatten(0, -2), backend=backend)
+        if late_x is None:
+            dweight = gradient_or_sum(add, dz, x, ctx.needs_input_grad[1], backend=backend)
+        else:
+            late_x.when_there(lambda made: gradient_or_sum(add, dz, made, False))
         return dx, dweight, None if ctx.sum_dtype is None else dbias, None
 
 

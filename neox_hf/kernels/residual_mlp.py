@@ -7,7 +7,7 @@ Shapes: x, stream and branch [..., H], up [F, H], down [H, F], up_bias [F], the 
 As one node, because what comes before an element of it is written may be the last step of a product on either side:
 GELU behind `up`, the sum behind `down`, and GELU's backward pass behind the product with `down` (`gelu_product.py`,
 `residual_product.py`). Kept for the backward pass are x, unless it is made again (`late_tensor.py`), z, and y unless
-`makes_again`. Both weights' gradients are summed as `GradientSum` says.
+`makes_again`. Gradients of the matrices go where they are summed, as `linear`'s do, or to autograd.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.residual_product import residual_product
-from neox_hf.kernels.weight_gradient import AddProduct, adder_of
+from neox_hf.kernels.weight_gradient import AddProduct, adder_of, gradient_or_sum
 
 
 class MlpWeights(NamedTuple):
@@ -34,17 +34,12 @@ class MlpWeights(NamedTuple):
     down_bias: Tensor
     branch_bias: Tensor
 
-    def are_summed(self, backend: str) -> bool:
-        """Whether both matrices carry what sums their gradients, and all parameters are of one dtype."""
-        alike = all(each.dtype == self.up.dtype for each in self)
-        return alike and all(adder_of(matrix, backend) is not None for matrix in (self.up, self.down))
-
 
 class _Settings(NamedTuple):
     form: str
     makes_again: bool
     late: LateTensor | None
-    adders: tuple[AddProduct, AddProduct]
+    adders: tuple[AddProduct | None, AddProduct | None]
     backend: str
 
 
@@ -79,15 +74,16 @@ class _ResidualMlp(torch.autograd.Function):
         up_dtype, down_dtype, branch_dtype = ctx.sum_dtypes
         form, backend = settings.form, settings.backend
         dz, dup_bias, again = gelu_product_backward(dout, down, z, up_bias, form, up_dtype, y is None, backend)
-        add_down(dout.flatten(0, -2), (again if y is None else y).flatten(0, -2))
-        dx, tokens = linear_product(dz, up.t(), backend=backend), dz.flatten(0, -2)
+        _, _, _, wants_up, _, wants_down, *_ = ctx.needs_input_grad
+        ddown = gradient_or_sum(add_down, dout, again if y is None else y, wants_down, backend=backend)
+        dx, dup = linear_product(dz, up.t(), backend=backend), None
         if settings.late is None:
-            add_up(tokens, x.flatten(0, -2))
+            dup = gradient_or_sum(add_up, dz, x, wants_up, backend=backend)
         else:
-            settings.late.when_there(lambda made: add_up(tokens, made.flatten(0, -2)))
+            settings.late.when_there(lambda made: gradient_or_sum(add_up, dz, made, False))
         dbranch_bias, ddown_bias = bias_gradients(dout, branch_dtype, down_dtype)
         dup_bias = None if up_dtype is None else dup_bias
-        return dx, dout, dout, None, dup_bias, None, ddown_bias, dbranch_bias, None
+        return dx, dout, dout, dup, dup_bias, ddown, ddown_bias, dbranch_bias, None
 
 
 def residual_mlp(
@@ -102,13 +98,14 @@ def residual_mlp(
 ) -> Tensor:
     """stream + branch + the feed-forward half of x, and both branches' biases. x needs a gradient.
 
-    weights: with `are_summed`. form: `erf` or `tanh`. makes_again: y is made again rather than kept.
+    form: `erf` or `tanh`. makes_again: y is made again rather than kept.
     backend: of `product_`; the kernels around the products are Triton's whatever it is.
     """
     up, up_bias, down, down_bias, branch_bias = weights
+    assert x.requires_grad, "nothing is sure to run the backward pass that sums the matrices' gradients"
     adders = adder_of(up, backend), adder_of(down, backend)
-    assert x.requires_grad, "nothing runs the backward pass that sums the weights' gradients"
-    assert None not in adders, "who calls this has asked `are_summed`"
-    settings = _Settings(form, makes_again, late_form(x), adders, backend)
-    operands = up.detach(), up_bias, down.detach(), down_bias, branch_bias
+    late = late_form(x) if adders[0] else None
+    settings = _Settings(form, makes_again, late, adders, backend)
+    up, down = (each.detach() if add else each for each, add in zip((up, down), adders, strict=True))
+    operands = up, up_bias, down, down_bias, branch_bias
     return _ResidualMlp.apply(x, stream, branch, *operands, settings)

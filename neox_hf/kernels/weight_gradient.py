@@ -106,6 +106,17 @@ def weight_gradient(gradient: Tensor, x: Tensor, *, backend: str = "auto") -> Te
     return product_(gradient.new_empty(gradient.shape[1], x.shape[1]), gradient.t(), x, backend=backend)
 
 
+def gradient_or_sum(
+    add: AddProduct | None, gradient: Tensor, x: Tensor, wanted: bool, *, backend: str = "auto"
+) -> Tensor | None:
+    """gradient [..., out]^T x [..., in], given to `add`; where nothing sums it, for autograd, if `wanted`."""
+    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+    if add is not None:
+        add(gradient, x)
+        return None
+    return weight_gradient(gradient, x, backend=backend) if wanted else None
+
+
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, backend: str = "auto") -> None:
     """total [V, H] += a^T b for a [C, V] and b [C, H], summed in the dtype of `total`, at least as wide as theirs.
 

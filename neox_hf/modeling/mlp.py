@@ -1,5 +1,6 @@
 """The feed-forward half of the block."""
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -48,7 +49,8 @@ class GPTNeoXMLP(nn.Module):
         bare = all(is_bare(dense, Linear) and dense.bias is not None for dense in (up, down)) and is_bare(act, GELU)
         if not bare or up.trains_in_fp8 or down.trains_in_fp8 or not hidden_states.requires_grad:
             return False
-        return self._goes_on(hidden_states) and self._weights(branch_bias).are_summed(act.kernels)
+        alike = all(each.dtype == hidden_states.dtype for each in self._weights(branch_bias))
+        return alike and torch.is_grad_enabled() and goes_on(hidden_states, act.kernels)
 
     def joined(self, hidden_states: Tensor, stream: Tensor, branch: Tensor, branch_bias: Tensor) -> Tensor:
         """stream + branch + branch_bias + this half of hidden_states, where `joins`."""

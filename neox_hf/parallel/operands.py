@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from neox_hf.kernels.autocast import autocast_dtype
-from neox_hf.kernels.weight_gradient import AddProduct, weight_gradient
+from neox_hf.kernels.weight_gradient import AddProduct, gradient_or_sum
 
 
 def weight_gradients(
@@ -13,11 +13,8 @@ def weight_gradients(
 
     add: where the weight's goes instead. backend: of `product_`.
     """
-    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
-    if add is not None:
-        add(gradient, x)
-    for_weight = weight_gradient(gradient, x, backend=backend) if wanted[0] else None
-    return for_weight, gradient.sum(0) if wanted[1] else None
+    for_weight = gradient_or_sum(add, gradient, x, wanted[0], backend=backend)
+    return for_weight, gradient.flatten(0, -2).sum(0) if wanted[1] else None
 
 
 def in_autocast_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:

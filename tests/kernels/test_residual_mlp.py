@@ -52,8 +52,9 @@ def check_gradients(leaves, exact):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("makes_again", [False, True])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_the_node_is_what_it_says(form, makes_again, passes):
-    leaves = [*streams(), *parameters()]
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_node_is_what_it_says(form, makes_again, passes, summed):
+    leaves = [*streams(), *parameters(summed)]
     exact = in_double(leaves)
     dout = values(*TOKENS, HIDDEN, seed=5)
     for _ in range(passes):
@@ -90,23 +91,14 @@ def test_what_is_kept(makes_again):
     assert len(inner) == (1 if makes_again else 2)
 
 
-@pytest.mark.parametrize("frozen", [(1,), (3, 4), (1, 3, 4)])
-def test_biases_that_do_not_train_have_no_gradient(frozen):
-    leaves, weights = streams(), parameters()
+@pytest.mark.parametrize("frozen", [(1,), (3, 4), (1, 3, 4), (0,), (2,), (0, 2)])
+@pytest.mark.parametrize("summed", [False, True])
+def test_what_does_not_train_has_no_gradient(frozen, summed):
+    leaves, weights = streams(), parameters(summed)
     for place in frozen:
         weights[place].requires_grad_(False)
     residual_mlp(*leaves, MlpWeights(*weights), "erf", backend="triton").sum().backward()
     assert [place for place, each in enumerate(weights) if each.grad is None] == list(frozen)
-
-
-def test_it_is_for_matrices_whose_gradients_are_summed():
-    assert MlpWeights(*parameters()).are_summed("triton")
-    assert not MlpWeights(*parameters(summed=False)).are_summed("triton")
-    wide = parameters()
-    wide[4] = torch.nn.Parameter(wide[4].double())
-    assert not MlpWeights(*wide).are_summed("triton")
-    with torch.no_grad():
-        assert not MlpWeights(*parameters()).are_summed("triton")
 
 
 @pytest.mark.parametrize("form", FORMS)
