@@ -78,7 +78,7 @@ class Sizes:
     def mlp_is_one_node(self) -> bool:
         """Whether the feed-forward half closes a block that is not split (`kernels/residual_mlp.py`)."""
         behind_it_a_sum = self.parallel_residual and self.attention_bias and not self.dropout
-        alone = self.vocabulary is not None and self.parameters > 0
+        alone = self.vocabulary is not None
         return alone and behind_it_a_sum and self.form is not None and self.stream == self.product
 
     @property

@@ -12,7 +12,7 @@ from neox_hf.kernels.product_choice import kind_of
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
-from neox_hf.tuning import compute_products, product_table
+from neox_hf.tuning import compute_products, product_table, product_work
 from neox_hf.tuning.inputs import Random
 from neox_hf.tuning.product_work import linears_of
 from tests.tuning.tiny import TINY
@@ -63,6 +63,23 @@ def test_they_are_those_of_a_step(kinds, biased):
 def test_a_head_that_is_not_split_has_its_own():
     compute_products(replace(SIZES, vocabulary=32), Random(torch.device("cpu")))
     assert [linear.outputs for linear in linears_of(SIZES)] == [192, 64, 96, 64]
+
+
+@pytest.mark.parametrize(
+    ("fields", "one_node"),
+    [({}, True), ({"dropout": 0.1}, False), ({"parallel_residual": False}, False), ({"vocabulary": None}, False)],
+)
+def test_a_feed_forward_half_that_is_one_node_has_its_own(fields, one_node, monkeypatch):
+    found = []
+    for name in ("gelu_product", "residual_product", "gelu_product_backward"):
+        function = getattr(product_work, name)
+        monkeypatch.setattr(
+            product_work, name, lambda *given, name=name, function=function: found.append(name) or function(*given)
+        )
+    sizes = replace(SIZES, **({"vocabulary": 32, "dropout": 0.0, "attention_bias": True} | fields))
+    compute_products(sizes, Random(torch.device("cpu")))
+    wanted = ["gelu_product", "residual_product", "gelu_product_backward", "gelu_product_backward"]
+    assert found == (wanted if one_node else [])
 
 
 def test_the_table():
