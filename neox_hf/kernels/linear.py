@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.product import is_chosen, linear_product
-from neox_hf.kernels.weight_gradient import AddProduct, adder_of, weight_gradient
+from neox_hf.kernels.weight_gradient import AddProduct, adder_of, gradient_or_sum
 
 
 class _SummingLinear(torch.autograd.Function):
@@ -38,14 +38,11 @@ class _SummingLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (weight, x), add = ctx.saved_tensors, ctx.add
-        tokens = gradient.flatten(0, -2)
+        weight, x = ctx.saved_tensors
         for_x = linear_product(gradient, weight.t(), backend=ctx.backend)
-        if ctx.late is None:
-            add(tokens, x.flatten(0, -2))
-        else:
-            ctx.late.when_there(lambda again: add(tokens, again.flatten(0, -2)))
-        return for_x, None, tokens.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
+        gradient_or_sum(ctx.add, gradient, x, False, late=ctx.late)
+        for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return for_x, None, for_bias, None, None, None
 
 
 class _ChoosingLinear(torch.autograd.Function):
@@ -61,11 +58,9 @@ class _ChoosingLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (wants_x, wants_weight, wants_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
-        tokens, for_weight = gradient.flatten(0, -2), None
         for_x = linear_product(gradient, weight.t(), backend=ctx.backend) if wants_x else None
-        if wants_weight:
-            for_weight = weight_gradient(tokens, x.flatten(0, -2), backend=ctx.backend)
-        return for_x, for_weight, tokens.sum(0) if wants_bias else None, None
+        for_weight = gradient_or_sum(None, gradient, x, wants_weight, backend=ctx.backend)
+        return for_x, for_weight, gradient.flatten(0, -2).sum(0) if wants_bias else None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

@@ -51,11 +51,7 @@ class _LinearGelu(torch.autograd.Function):
         if awaited:
             late_y.arrive(y)
         dx = linear_product(dz, weight.t(), backend=backend) if ctx.needs_input_grad[0] else None
-        dweight = None
-        if late_x is None:
-            dweight = gradient_or_sum(add, dz, x, ctx.needs_input_grad[1], backend=backend)
-        else:
-            late_x.when_there(lambda made: gradient_or_sum(add, dz, made, False))
+        dweight = gradient_or_sum(add, dz, x, ctx.needs_input_grad[1], late=late_x, backend=backend)
         return dx, dweight, None if ctx.sum_dtype is None else dbias, None
 
 

@@ -76,11 +76,8 @@ class _ResidualMlp(torch.autograd.Function):
         dz, dup_bias, again = gelu_product_backward(dout, down, z, up_bias, form, up_dtype, y is None, backend)
         _, _, _, wants_up, _, wants_down, *_ = ctx.needs_input_grad
         ddown = gradient_or_sum(add_down, dout, again if y is None else y, wants_down, backend=backend)
-        dx, dup = linear_product(dz, up.t(), backend=backend), None
-        if settings.late is None:
-            dup = gradient_or_sum(add_up, dz, x, wants_up, backend=backend)
-        else:
-            settings.late.when_there(lambda made: gradient_or_sum(add_up, dz, made, False))
+        dx = linear_product(dz, up.t(), backend=backend)
+        dup = gradient_or_sum(add_up, dz, x, wants_up, late=settings.late, backend=backend)
         dbranch_bias, ddown_bias = bias_gradients(dout, branch_dtype, down_dtype)
         dup_bias = None if up_dtype is None else dup_bias
         return dx, dout, dout, dup, dup_bias, ddown, ddown_bias, dbranch_bias, None

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from neox_hf.kernels.late_tensor import LateTensor
 from neox_hf.kernels.product import product_
 
 ATTRIBUTE = "gradient_sum"
@@ -107,14 +108,26 @@ def weight_gradient(gradient: Tensor, x: Tensor, *, backend: str = "auto") -> Te
 
 
 def gradient_or_sum(
-    add: AddProduct | None, gradient: Tensor, x: Tensor, wanted: bool, *, backend: str = "auto"
+    add: AddProduct | None,
+    gradient: Tensor,
+    x: Tensor | None,
+    wanted: bool,
+    *,
+    late: LateTensor | None = None,
+    backend: str = "auto",
 ) -> Tensor | None:
-    """gradient [..., out]^T x [..., in], given to `add`; where nothing sums it, for autograd, if `wanted`."""
-    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
-    if add is not None:
-        add(gradient, x)
-        return None
-    return weight_gradient(gradient, x, backend=backend) if wanted else None
+    """gradient [..., out]^T x [..., in], given to `add`; where nothing sums it, for autograd, if `wanted`.
+
+    late: what stands for an x that is made again; `add` then has the product when it is there.
+    """
+    gradient = gradient.flatten(0, -2)
+    if late is not None:
+        late.when_there(lambda again: add(gradient, again.flatten(0, -2)))
+    elif add is not None:
+        add(gradient, x.flatten(0, -2))
+    elif wanted:
+        return weight_gradient(gradient, x.flatten(0, -2), backend=backend)
+    return None
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, *, keep: bool = True, backend: str = "auto") -> None:

@@ -18,9 +18,9 @@ from neox_hf.kernels.gelu_product import gelu_product_backward
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.product import linear_product, product_
-from neox_hf.kernels.weight_gradient import AddProduct, adder_of
+from neox_hf.kernels.weight_gradient import AddProduct, adder_of, gradient_or_sum
 from neox_hf.parallel.messages import start_all_reduce
-from neox_hf.parallel.operands import in_autocast_dtype, weight_gradients
+from neox_hf.parallel.operands import in_autocast_dtype
 from neox_hf.parallel.tensor_region import TensorRegion
 
 LAST_PART = 4
@@ -107,12 +107,8 @@ def _back_through(
 ) -> Operands:
     """The gradients of a linear's operands."""
     (x, weight, *_), (wants_x, wants_weight, *_) = operands, wanted
-    add, late, backend = branch.add, branch.late, branch.backend
-    for_x, for_weight = linear_product(upstream, weight.t(), backend=backend) if wants_x else None, None
-    if late is None:
-        for_weight, _ = weight_gradients(add, upstream, x, (wants_weight, False), backend)
-    else:
-        late.when_there(lambda again: add(upstream.flatten(0, -2), again.flatten(0, -2)))
+    for_x = linear_product(upstream, weight.t(), backend=branch.backend) if wants_x else None
+    for_weight = gradient_or_sum(branch.add, upstream, x, wants_weight, late=branch.late, backend=branch.backend)
     return for_x, for_weight, None, None
 
 
@@ -129,7 +125,7 @@ def _back_through_gelu(
         upstream, weight, z, bias, branch.form, sum_dtype, x is None, branch.backend
     )
     y = again if x is None else x
-    for_weight, _ = weight_gradients(branch.add, upstream, y, (wanted[1], False), branch.backend)
+    for_weight = gradient_or_sum(branch.add, upstream, y, wanted[1], backend=branch.backend)
     return None, for_weight, dz, None if sum_dtype is None else dbias
 
 
