@@ -138,7 +138,8 @@ def _environment(world: int) -> dict[str, str]:
         # One thread each, as torchrun has it for several: a process alone then sums in the same order.
         environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
     if world == 1:
-        environment["CUDA_VISIBLE_DEVICES"] = "0"  # one process does not drive several GPUs
+        # One process does not drive several GPUs.
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return environment
 
 

@@ -1,7 +1,7 @@
 """Several devices of one host: does every layout train as one device does, and how fast is each.
 
     python scripts/scale.py                                            # eight devices, both sections
-    python scripts/scale.py --devices 2
+    python scripts/scale.py --devices 4                                # or 2: what fits there of either section
     python scripts/scale.py --sections speed --models 20B              # adds to what an earlier call has written
 
 correctness: tensor 2 x pipeline 2 x data 2 with sequence parallelism follows one device's curve; its checkpoint resumes

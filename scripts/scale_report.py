@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from scale_runs import STEPS
+from scale_runs import DEVICES, STEPS
 
 Results = dict[str, Any]
 """host: what it ran on. commands. correctness: `scale_correctness`. speed: rows of `scale_speed` by name."""
@@ -89,11 +89,11 @@ def owed(rows: dict[str, Results]) -> list[str]:
     """What was promised, beside what was measured."""
     rates = {name: row["tokens_per_second"] for name, row in rows.items() if "tokens_per_second" in row}
     lines = []
-    if {"1.4B data=1", "1.4B data=8"} <= rates.keys():
-        times = rates["1.4B data=8"] / rates["1.4B data=1"]
-        lines.append(
-            f"- Pythia-1.4B, data=8 beside one: {times:.2f} times; owed {DP_OWED}: {_verdict(times >= DP_OWED)}."
-        )
+    for devices in DEVICES:
+        if {"1.4B data=1", f"1.4B data={devices}"} <= rates.keys():
+            times = rates[f"1.4B data={devices}"] / rates["1.4B data=1"]
+            verdict = f"; owed {DP_OWED}: {_verdict(times >= DP_OWED)}" if devices == max(DEVICES) else ""
+            lines.append(f"- Pythia-1.4B, data={devices} beside one: {times:.2f} times{verdict}.")
     for name, row in rows.items():
         if row["model"] == "20B" and not row["peer"] and name in rates:
             verdict = _verdict(row["tflops"] >= NEOX_OWED)

@@ -9,7 +9,7 @@ from layout_runs import Run, parse_layout
 from neox_hf.planning import Device, Plan, plan
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-DEVICES = (2, 8)
+DEVICES = (2, 4, 8)
 STEPS, MORE_STEPS = 50, 10
 """Of the curves, and of those resumed from where the first ones left a checkpoint."""
 
@@ -61,6 +61,7 @@ class Correctness:
 
 SPLIT = {
     2: (("tensor=2,sequence", "pipeline=2", "data=2", "data=2,zero=1"), ("pipeline=2", "data=2")),
+    4: (("tensor=2,pipeline=2,sequence", "data=2,tensor=2,sequence"), ("tensor=4", "pipeline=4")),
     8: (("data=2,tensor=2,pipeline=2,sequence",), ("data=2,tensor=4", "pipeline=8")),
 }
 
@@ -125,6 +126,15 @@ OURS = {
         ("20B", "tensor=4,pipeline=2", 128),
         ("20B", "tensor=8", 128),
     ),
+    4: (
+        ("1.4B", "data=1", 64),
+        ("1.4B", "data=4", 256),
+        ("20B", "tensor=2,pipeline=2", 64),
+        ("20B", "tensor=4", 64),
+        ("6.9B", "data=2,tensor=2", 128),
+        ("6.9B", "tensor=2,pipeline=2", 128),
+        ("6.9B", "data=4,zero=1", 128),
+    ),
     2: (
         ("1.4B", "data=1", 64),
         ("1.4B", "data=2", 128),
@@ -139,6 +149,11 @@ PEERS = {
         ("6.9B", "zero", (("stage", 1),), 256),
         ("20B", "zero", (("stage", 3), ("recompute", 1)), 128),
         ("6.9B", "zero", (("stage", 3),), 256),
+    ),
+    4: (
+        ("1.4B", "ddp", (), 256),
+        ("6.9B", "zero", (("stage", 1),), 128),
+        ("20B", "zero", (("stage", 3), ("recompute", 1)), 64),
     ),
     2: (("1.4B", "ddp", (), 128), ("1.4B", "zero", (("stage", 1),), 128), ("1.4B", "zero", (("stage", 3),), 128)),
 }

@@ -37,7 +37,7 @@ def curve(steps: int, loss: float = 2.0, norm: float = 1.0) -> dict:
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_every_curve_fits_its_devices(devices, cuda, tmp_path):
     plan = correctness_of(devices, cuda)
     for layout in (*plan.split, *plan.resumed):
@@ -50,7 +50,7 @@ def test_every_curve_fits_its_devices(devices, cuda, tmp_path):
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_every_speed_run_fits_its_devices(devices, cuda, tmp_path):
     runs = speed_runs(devices, cuda)
     assert len({run.name for run in runs}) == len(runs)
@@ -192,6 +192,19 @@ def test_what_was_owed():
     assert "479 TFLOP/s a device; owed 480: no." in owed(rows)[0]
     assert "4.00 times; owed 7.7: no." in owed(rows)[0]
     assert owed({}) == []
+
+
+def test_fewer_devices_than_what_is_owed_is_for():
+    rows = {f"1.4B data={n}": {"model": "1.4B", "peer": None, "tokens_per_second": n * 65e3} for n in (1, 4)}
+    assert owed(rows) == ["- Pythia-1.4B, data=4 beside one: 4.00 times."]
+
+
+def test_one_process_has_the_first_of_the_devices_it_may_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert layout_runs._environment(1)["CUDA_VISIBLE_DEVICES"] == "2"
+    assert layout_runs._environment(2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert layout_runs._environment(1)["CUDA_VISIBLE_DEVICES"] == "0"
 
 
 def test_the_picture(tmp_path):
