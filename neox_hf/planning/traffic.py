@@ -75,6 +75,8 @@ def optimizer_seconds(job: Job, device: Device, stage: int) -> float:
 def _optimizer_bytes(job: Job) -> int:
     """Read and written for each parameter."""
     width = job.precision.weights.itemsize
+    if job.topology.splits_model and job.precision.master and not job.precision.scaled:
+        return 38  # as below, and the gradients cleared (`training/deepspeed_step.py`)
     if job.zero_stage:
         # torch's step over fp32 (28); the norm (4); clipping (8); gradients cleared (4); masters to weights (6).
         return 50

@@ -6,6 +6,7 @@ from transformers import Trainer
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter
 from neox_hf.training import loss_scale
 from neox_hf.training.deepspeed_gradients import sum_in_master_gradients
+from neox_hf.training.deepspeed_step import step_at_once
 from neox_hf.training.engine import OptimizerBoxes
 
 
@@ -18,6 +19,7 @@ class DeepSpeedOptimizer(OptimizerBoxes):
 
     def begin(self) -> None:
         sum_in_master_gradients(self.optimizer)
+        step_at_once(self.optimizer)
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
         """DeepSpeed clips in its step; the norm is that step's."""

@@ -1,6 +1,6 @@
 """torch's AdamW whose step is one kernel over all parameters of a group, clipping and skipping included."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class AdamW(torch.optim.AdamW):
     gradient_factor: what all gradients count for, an fp32 scalar on the device; None is 1. Clipping sets it.
     skip: a scalar on the device; where it is not 0, a step changes nothing. None: never.
     zeroes_gradients: each step leaves zeros in the gradients, in the same pass over memory.
+    copies: of every parameter, in low precision, which each step writes, too; None: there are none.
 
     Args:
         lr: a tensor on the device is read there, as a CUDA graph needs it.
@@ -39,6 +40,7 @@ class AdamW(torch.optim.AdamW):
     gradient_factor: Tensor | None = None
     skip: Tensor | None = None
     zeroes_gradients: bool = False
+    copies: Mapping[Tensor, Tensor] | None = None
     kernels: str = "auto"
 
     def __init__(
@@ -103,10 +105,15 @@ class AdamW(torch.optim.AdamW):
 
     def _tensors(self, parameters: list[Tensor]) -> AdamWTensors:
         states = [self._state_of(p) for p in parameters]
+        weights, masters = parameters, None
+        if self.copies is not None:
+            weights, masters = [self.copies[p] for p in parameters], parameters
+        elif "master" in states[0]:
+            masters = [state["master"] for state in states]
         return AdamWTensors(
-            weights=parameters,
+            weights=weights,
             gradients=[p.grad for p in parameters],
-            masters=[state["master"] for state in states] if "master" in states[0] else None,
+            masters=masters,
             exp_avgs=[state["exp_avg"] for state in states],
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
             steps=[state["step"] for state in states],

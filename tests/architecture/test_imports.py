@@ -23,6 +23,7 @@ ALLOWED = {
 FILES_THAT_MAY_IMPORT = {
     "deepspeed": {
         "training/deepspeed_gradients.py",
+        "training/deepspeed_step.py",
         "training/launch_environment.py",
         "training/pipeline_engine.py",
         "training/pipeline_module.py",

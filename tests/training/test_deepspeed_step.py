@@ -1,0 +1,132 @@
+"""DeepSpeed's BF16_Optimizer stepped once over memory is what it is by itself."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neox_hf.training.deepspeed_step import step_at_once
+from neox_hf.training.fused_adamw import FusedAdamW
+from tests.gloo import run_ranks
+
+CLIP = 0.5
+STEPS = (0.1, 30.0, float("inf"), 1.0, float("nan"), 3.0)
+"""What the gradients of each step are multiplied by: clipped and not, and two steps that are left out."""
+
+
+def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP):
+    """DeepSpeed's, over a small model in bf16 with two groups, one of a length that has to be padded."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 7)).bfloat16()
+    matrices, biases = ([p for p in model.parameters() if (p.ndim == 2) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+    inner = FusedAdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused, kernels=kernels)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }
+    engine = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
+    # Ranks that split a model add their squares; those of this test hold all of it, and add them all the same.
+    engine.optimizer.mpu = SimpleNamespace(
+        get_model_parallel_group=lambda: dist.group.WORLD,
+        get_tensor_model_parallel_rank=lambda: 0,
+        get_pipeline_model_parallel_world_size=lambda: 1,
+    )
+    return engine.optimizer
+
+
+def add_gradients(optimizer, scale: float, generator: torch.Generator) -> None:
+    for group, gradients in enumerate(optimizer.fp32_groups_gradients):
+        for index, gradient in enumerate(gradients):
+            gradient.add_(torch.randn(gradient.shape, generator=generator) * scale)
+            optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+def trained(at_once: bool, clip: float) -> list[list[torch.Tensor]]:
+    optimizer = optimizer_of("triton" if at_once else "torch", clip=clip)
+    stock = optimizer.step
+    step_at_once(optimizer)
+    assert (optimizer.step != stock) is at_once
+    generator, seen = torch.Generator().manual_seed(1), []
+    for scale in STEPS:
+        add_gradients(optimizer, scale, generator)
+        optimizer.step()
+        assert optimizer.overflow is not torch.tensor(scale).isfinite().item()
+        assert not any(flat.any() for flat in optimizer.fp32_groups_gradients_flat)
+        assert not any(map(any, optimizer.fp32_groups_has_gradients))
+        optimizer.zero_grad()
+        masters = optimizer.fp32_groups_flat_partition
+        states = [optimizer.optimizer.state[master] for master in masters]
+        moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq", "step")]
+        norm = torch.as_tensor(optimizer._global_grad_norm)
+        seen.append([x.detach().clone() for x in (norm, *masters, *moments)])
+        for master, parts, whole in zip(
+            masters, optimizer.bf16_partitioned_groups, optimizer.bf16_groups_flat, strict=True
+        ):
+            # The interpreter cuts bf16 off, where hardware rounds to nearest.
+            torch.testing.assert_close(parts[dist.get_rank()].float(), master.detach(), rtol=2**-7, atol=0)
+            others = [torch.empty_like(part) for part in parts]
+            dist.all_gather(others, parts[dist.get_rank()].clone())
+            assert torch.equal(torch.cat(others), whole)
+    return seen
+
+
+def both_ways(rank: int, clip: float) -> None:
+    for once, apart in zip(trained(True, clip), trained(False, clip), strict=True):
+        torch.testing.assert_close(once, apart, rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("clip", [CLIP, 0.0])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_at_once_is_the_step(world_size, clip):
+    run_ranks(both_ways, world_size, clip)
+
+
+def left_alone(rank: int) -> None:
+    for kernels, fused in (("auto", True), ("torch", True), ("triton", False)):
+        optimizer = optimizer_of(kernels, fused)
+        stock = optimizer.step
+        step_at_once(optimizer)
+        assert optimizer.step == stock, (kernels, fused)
+        assert optimizer.optimizer.copies is None
+
+
+def test_without_a_kernel_deepspeed_steps():
+    run_ranks(left_alone, 1)
+
+
+def test_other_optimizers_are_left_alone():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])
+    stock = optimizer.step
+    step_at_once(optimizer)
+    assert optimizer.step == stock
+
+
+def without_additions(rank: int) -> None:
+    optimizer = optimizer_of("triton")
+    step_at_once(optimizer)
+    add_gradients(optimizer, 1.0, torch.Generator().manual_seed(1))
+    first = optimizer.fp32_groups_gradients_flat[0]
+    optimizer.fp32_groups_has_gradients[0] = [False] * len(optimizer.fp32_groups_has_gradients[0])
+    optimizer.clear_hp_grads()
+    assert first.any(), "a group to which nothing was added is known to be zero, and not written again"
+    assert not optimizer.fp32_groups_gradients_flat[1].any()
+
+
+def test_zeros_are_not_zeroed_again():
+    run_ranks(without_additions, 1)
