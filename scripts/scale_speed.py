@@ -1,7 +1,7 @@
 """The speed section of `scale.py`: each layout's tokens/s, TFLOP/s, memory and bubble, beside what was planned."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ Row = dict[str, Any]
 def run_speed(
     runs: Sequence[SpeedRun], devices: int, device: Device | None, folder: Path, note: Callable[[Row], None]
 ) -> None:
-    """Measure `runs` one after the other; `note` is told each row as it is known."""
+    """Measure `runs` one after the other; `note` is told each row as it is known, and again with its bubble."""
     for each in runs:
         print(f"speed: {each.name}", flush=True)
-        row = peer_row(each, devices, folder) if each.peer else our_row(each, device, folder)
-        print(f"  {in_words(row)}", flush=True)
-        note(row)
+        rows = [peer_row(each, devices, folder)] if each.peer else our_rows(each, device, folder)
+        for row in rows:
+            print(f"  {in_words(row)}", flush=True)
+            note(row)
 
 
-def our_row(each: SpeedRun, device: Device | None, folder: Path) -> Row:
+def our_rows(each: SpeedRun, device: Device | None, folder: Path) -> Iterator[Row]:
+    """The row, and for a pipeline that with its bubble, for which it is run once more."""
     run, planned = fitting(each.run, device, folder)
     recipe = run.recipe(folder)
     figures = run_ours(run, folder, each.limit)
@@ -42,11 +44,12 @@ def our_row(each: SpeedRun, device: Device | None, folder: Path) -> Row:
             "peak_gib": planned.fullest.peak,
             "bubble": step.bubble,
         }
+    yield row
     if figures and (shorter := each.shorter) is not None:
         half, _ = fitting(shorter.run, device, folder)
         print(f"  with {half.samples} samples a step, for the bubble", flush=True)
-        row |= bubbles(figures, run_ours(half, folder, each.limit), recipe.accumulation_steps(run.world), run.layout)
-    return row
+        halved = run_ours(half, folder, each.limit)
+        yield row | bubbles(figures, halved, recipe.accumulation_steps(run.world), run.layout)
 
 
 def peer_row(each: SpeedRun, devices: int, folder: Path) -> Row:
