@@ -1,6 +1,7 @@
 """DeepSpeed's BF16_Optimizer stepped once over memory is what it is by itself."""
 
 import os
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -17,16 +18,16 @@ STEPS = (0.1, 30.0, float("inf"), 1.0, float("nan"), 3.0)
 """What the gradients of each step are multiplied by: clipped and not, and two steps that are left out."""
 
 
-def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP):
+def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP, device: str = "cpu"):
     """DeepSpeed's, over a small model in bf16 with two groups, one of a length that has to be padded."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 7)).bfloat16()
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 7)).to(device, torch.bfloat16)
     matrices, biases = ([p for p in model.parameters() if (p.ndim == 2) is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
     inner = FusedAdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused, kernels=kernels)
@@ -53,12 +54,12 @@ def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP):
 def add_gradients(optimizer, scale: float, generator: torch.Generator) -> None:
     for group, gradients in enumerate(optimizer.fp32_groups_gradients):
         for index, gradient in enumerate(gradients):
-            gradient.add_(torch.randn(gradient.shape, generator=generator) * scale)
+            gradient.add_(torch.randn(gradient.shape, generator=generator).to(gradient.device) * scale)
             optimizer.fp32_groups_has_gradients[group][index] = True
 
 
-def trained(at_once: bool, clip: float) -> list[list[torch.Tensor]]:
-    optimizer = optimizer_of("triton" if at_once else "torch", clip=clip)
+def trained(at_once: bool, clip: float, device: str) -> list[list[torch.Tensor]]:
+    optimizer = optimizer_of("triton" if at_once else "torch", clip=clip, device=device)
     stock = optimizer.step
     step_at_once(optimizer)
     assert (optimizer.step != stock) is at_once
@@ -78,16 +79,18 @@ def trained(at_once: bool, clip: float) -> list[list[torch.Tensor]]:
         for master, parts, whole in zip(
             masters, optimizer.bf16_partitioned_groups, optimizer.bf16_groups_flat, strict=True
         ):
+            mine = parts[dist.get_rank()]
             # The interpreter cuts bf16 off, where hardware rounds to nearest.
-            torch.testing.assert_close(parts[dist.get_rank()].float(), master.detach(), rtol=2**-7, atol=0)
-            others = [torch.empty_like(part) for part in parts]
-            dist.all_gather(others, parts[dist.get_rank()].clone())
-            assert torch.equal(torch.cat(others), whole)
+            torch.testing.assert_close(mine.float(), master.detach(), rtol=2**-7, atol=0)
+            assert device == "cpu" or torch.equal(mine, master.bfloat16())
+            everyone = [torch.empty_like(part) for part in parts]
+            dist.all_gather(everyone, mine.clone())
+            assert torch.equal(torch.cat(everyone), whole)
     return seen
 
 
-def both_ways(rank: int, clip: float) -> None:
-    for once, apart in zip(trained(True, clip), trained(False, clip), strict=True):
+def both_ways(rank: int, clip: float, device: str = "cpu") -> None:
+    for once, apart in zip(trained(True, clip, device), trained(False, clip, device), strict=True):
         torch.testing.assert_close(once, apart, rtol=2e-6, atol=1e-8)
 
 
@@ -95,6 +98,11 @@ def both_ways(rank: int, clip: float) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_at_once_is_the_step(world_size, clip):
     run_ranks(both_ways, world_size, clip)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too():
+    run_ranks(both_ways, 1, CLIP, "cuda", context=get_context("spawn"))
 
 
 def left_alone(rank: int) -> None:
