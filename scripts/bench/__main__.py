@@ -9,7 +9,9 @@ What is written grows as it is measured, so a run that is cut has given what it 
 """
 
 import argparse
+import contextlib
 import datetime
+import importlib.metadata
 import shlex
 import sys
 import time
@@ -36,6 +38,9 @@ NO_DEVICE = 2
 """Exit status where there is no CUDA device."""
 
 IMPLEMENTATIONS = ("ours", "torch", "liger", "compile")
+CHANGES_FIGURES = ("triton", "liger-kernel", "flash-attn-4", "quack-kernels")
+"""Packages that a run tells of where they are installed."""
+
 ADAMW = "AdamW and gradient norm"
 CHECKED_SHAPES = Shapes(batch=1)
 CHECKED_PARAMETERS = [torch.Size(shape) for shape in ((4096, 1024), (1023, 77), (2048,), (1,))]
@@ -140,6 +145,9 @@ def device_name(device: torch.device) -> str:
 
 def describe_run(device: torch.device, command: str) -> dict[str, str]:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    for package in CHANGES_FIGURES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions += f", {package} {importlib.metadata.version(package)}"
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"date": date, "device": device_name(device), "versions": versions, "command": command}
 

@@ -1,12 +1,14 @@
 """The benchmark's command line, and what it writes: JSON, tables, a picture."""
 
+import importlib.metadata
 import json
 
 import pytest
 import torch
+import transformers
 
 from scripts.bench import report
-from scripts.bench.__main__ import NO_DEVICE, main, parse, run
+from scripts.bench.__main__ import NO_DEVICE, describe_run, main, parse, run
 from scripts.bench.chart import draw
 from tests.scripts.bench_cases import TINY, document, step
 
@@ -124,6 +126,19 @@ def options_for(tmp_path, *arguments):
     options.shapes = options.checked_shapes = TINY
     options.optimizer_size = "tiny"
     return options
+
+
+def test_a_run_names_the_packages_that_change_its_figures(monkeypatch):
+    def version(package):
+        if package != "quack-kernels":
+            raise importlib.metadata.PackageNotFoundError
+        return "0.6.5"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = describe_run(CPU, "python -m scripts.bench")
+    always = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    assert found["versions"] == f"{always}, quack-kernels 0.6.5"
+    assert found["command"] == "python -m scripts.bench"
 
 
 def test_a_run_of_ops(tmp_path, capsys):
