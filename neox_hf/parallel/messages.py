@@ -91,10 +91,10 @@ def start_reduce_scatter_sequence(partial: Tensor, region: "TensorRegion") -> Me
     """The sum over the group of [B, S, H], of which this rank gets its share [B, S / size, H]."""
     shares = partial.unflatten(1, (region.size, -1)).transpose(0, 1).contiguous()
     mine = torch.empty_like(shares[0])
-    work = _reduce_scatter(mine, shares.flatten(0, 1), group=group_of(region), async_op=True)
+    work = reduce_scatter(mine, shares.flatten(0, 1), group=group_of(region), async_op=True)
     return Message(work, mine, lambda summed: summed)
 
 
 # torch 2.13 renamed these two; the old names go when 2.13 is the oldest torch we run on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -100,6 +100,11 @@ class Job:
         sums = self.zero_stage <= 1 and not self.offloads  # elsewhere DeepSpeed takes gradients as autograd brings them
         return sums and self.precision.weights.itemsize == 2 and not self.precision.scaled
 
+    @property
+    def steps_at_once(self) -> bool:
+        """Whether one kernel steps fp32 masters: our engine's, split models' and ZeRO-1's."""
+        return self.precision.master and not self.precision.scaled and self.zero_stage < 2 and not self.offloads
+
     def matrices(self, stage: int) -> int:
         """Elements of the matrices of a stage's layers on each rank."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size

@@ -86,7 +86,9 @@ def gradient_seconds(job: Job, device: Device, stage: int) -> float:
     if job.topology.data == 1:
         return 0.0
     seconds = 0.0
-    if job.zero_stage < 2:
+    if job.zero_stage == 1 and job.steps_at_once:
+        seconds += _among_replicas(job, device, job.gradient_bytes * job.held[stage])  # each its part, when all is done
+    elif job.zero_stage < 2:
         exposed = 1.0 if job.topology.splits_model else EXPOSED  # a pipeline's engine reduces when all is done
         seconds += exposed * 2 * _among_replicas(job, device, job.gradient_bytes * job.held[stage])
     if job.zero_stage in (1, 2):

@@ -67,30 +67,17 @@ def optimizer_seconds(job: Job, device: Device, stage: int) -> float:
     if job.offloads:
         host = 28 / device.host_memory_gbps + (job.gradient_bytes + job.precision.weights.itemsize) / device.host_gbps
         return shard * host / 1e9
-    gradients = held if _steps_at_once(job) else shard
-    traffic = shard * _step_bytes(job) + gradients * _gradient_passes(job)
+    traffic = shard * _step_bytes(job) + (held * 4 if job.zero_stage and job.steps_at_once else 0)  # zeros
     if job.precision.fp8:
         traffic += 4 * job.matrices(stage)  # weights to eight bits, both ways
     return traffic / (device.bandwidth_gbps * 1e9 * REACHED)
 
 
 def _step_bytes(job: Job) -> int:
-    """Read and written by AdamW for each parameter that a rank steps."""
-    if _steps_at_once(job):
-        return 30  # masters and moments in and out (24), gradients (4), weights out (2)
+    """Read and written for each parameter that a rank steps, of its gradients' norm too."""
+    if job.steps_at_once:
+        return 34  # masters and moments in and out (24), gradients twice (8), weights out (2): one kernel, and the norm
     if job.zero_stage:
-        return 34  # torch's step over fp32 (28); masters to weights (6)
-    return 7 * job.precision.weights.itemsize  # weights and moments in and out, gradients
-
-
-def _gradient_passes(job: Job) -> int:
-    """Read and written for each gradient besides."""
-    if not job.zero_stage:
-        return 4 if job.precision.master else job.precision.weights.itemsize  # the norm
-    # The norm and zeros; DeepSpeed by itself also clips.
-    return 8 if _steps_at_once(job) else 16
-
-
-def _steps_at_once(job: Job) -> bool:
-    """Where fp32 masters are stepped, weights written and gradients clipped in one kernel."""
-    return job.precision.master and not job.precision.scaled and job.zero_stage < 2
+        # torch's step over fp32 (28); the norm (4); clipping (8); gradients cleared (4); masters to weights (6).
+        return 50
+    return 8 * job.precision.weights.itemsize  # weights and moments in and out, gradients twice

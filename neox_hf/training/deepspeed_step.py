@@ -1,19 +1,24 @@
 """The step of DeepSpeed's BF16_Optimizer, once over memory.
 
-By itself it reads all gradients for their norm, multiplies them by what clipping comes to, steps fp32 masters, casts
-these to weights, and zeroes the gradients twice: 54 bytes for each element. Here the norm is one read, and a kernel
-does the rest: 38. What it computes is the same.
+By itself it sums all gradients on every replica, reads all for their norm, multiplies them by what clipping comes to,
+steps fp32 masters, casts these to weights, and zeroes the gradients twice: on one replica 54 bytes for each element.
+Here a replica is sent the sums of the part that it steps, the norm is one read of that, and a kernel does the rest: 38
+bytes, and half of what went over the wire. What it computes is the same.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import all_gather_dp_groups
-from torch import Tensor
+from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+from torch import Tensor, nn
 
 from neox_hf.kernels import ADAMW, TensorTables, clip_coefficient, gradient_square_sum
+from neox_hf.parallel.messages import reduce_scatter
 from neox_hf.training.fused_adamw import FusedAdamW
 
 
@@ -27,20 +32,62 @@ def step_at_once(optimizer: object) -> None:
     if fused and in_fp32 and not optimizer.has_moe_layers and ADAMW.has_kernel_for(inner.kernels, masters[0]):
         # DeepSpeed makes its optimizer by itself, and takes no class for it.
         at_once = StepAtOnce(optimizer)
+        optimizer.get_grads_for_reduction = at_once.sum_gradients
         optimizer.step, optimizer.clear_hp_grads = at_once.step, at_once.clear_gradients
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank steps of one group of parameters: as many elements of each.
+
+    gradients: of the whole group, one after the other; `mine` is a view into them.
+    counted: views into `mine` of what the norm takes from this rank.
+    """
+
+    master: Tensor
+    weights: Tensor
+    gradients: Tensor
+    mine: Tensor
+    counted: list[Tensor]
+
+
 class StepAtOnce:
-    """`step` and `clear_gradients` in the places of DeepSpeed's `step` and `clear_hp_grads`."""
+    """`sum_gradients`, `step` and `clear_gradients`, in the places of three methods of `optimizer`."""
 
     def __init__(self, optimizer: BF16_Optimizer) -> None:
         self.optimizer, self.inner = optimizer, optimizer.optimizer
+        self.replicas: dist.ProcessGroup = optimizer.dp_process_group
+        self.count = dist.get_world_size(self.replicas)
+        self.parts = [self._part(group) for group in range(len(self.inner.param_groups))]
         self._tables = TensorTables()
-        parts = zip(optimizer.bf16_partitioned_groups, optimizer.real_dp_process_group, strict=True)
-        weights = [partitions[dist.get_rank(group)] for partitions, group in parts]
-        self.inner.copies = dict(zip(optimizer.fp32_groups_flat_partition, weights, strict=True))
-        # Gradients of other ranks' parts are no part of the step.
-        self.inner.zeroes_gradients = all(count == 1 for count in optimizer.partition_count)
+        self.inner.copies = {part.master: part.weights for part in self.parts}
+        self.inner.zeroes_gradients = self.count == 1  # other replicas' parts are no part of the step
+
+    def _part(self, group: int) -> Part:
+        optimizer, rank = self.optimizer, dist.get_rank(self.replicas)
+        mine, at, counted = optimizer.fp32_groups_gradient_flat_partition[group], 0, []
+        begin, end = rank * mine.numel(), (rank + 1) * mine.numel()
+        for parameter in optimizer.bf16_groups[group]:
+            first, last = max(at, begin), min(at + parameter.numel(), end)
+            if first < last and self._counts(parameter):
+                counted.append(mine.narrow(0, first - begin, last - first))
+            at += parameter.numel()
+        master, weights = optimizer.fp32_groups_flat_partition[group], optimizer.bf16_partitioned_groups[group][rank]
+        return Part(master, weights, optimizer.fp32_groups_gradients_flat[group], mine, counted)
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        """Whether the norm takes it from this rank: of several that hold the same one does."""
+        if getattr(parameter, PIPE_REPLICATED, False):
+            return False
+        return bwc_tensor_model_parallel_rank(self.optimizer.mpu) == 0 or is_model_parallel_parameter(parameter)
+
+    def sum_gradients(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Over the replicas, each its part. Returns what is left for DeepSpeed's engine to sum: nothing."""
+        if self.count > 1:
+            for part in self.parts:
+                reduce_scatter(part.mine, part.gradients, group=self.replicas)
+            self._note_gradients(True)
+        return [], {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -53,38 +100,38 @@ class StepAtOnce:
         optimizer.overflow = not bool(norm.isfinite())
         optimizer._global_grad_norm = float("inf") if optimizer.overflow else norm
         if not optimizer.overflow:
-            inner.gradient_factor = clip_coefficient(norm, optimizer.clip_grad) if optimizer.clip_grad > 0 else None
-            gradients = optimizer.fp32_groups_gradient_flat_partition
-            for master, gradient in zip(optimizer.fp32_groups_flat_partition, gradients, strict=True):
-                master.grad = gradient
+            clip = clip_coefficient(norm, optimizer.clip_grad) if optimizer.clip_grad > 0 else torch.ones_like(norm)
+            inner.gradient_factor = clip / self.count  # gradients are sums over replicas, and count as means
+            for part in self.parts:
+                part.master.grad = part.mine
             inner.step()
             optimizer._lazy_init_hp_params_optimizer_state()
             self._gather_weights()
             if inner.zeroes_gradients:
-                self._note_zeros()
+                self._note_gradients(False)
         optimizer.clear_hp_grads()
 
     def clear_gradients(self) -> None:
         """Zero those groups in which a gradient was added since they were zeroed."""
-        optimizer = self.optimizer
-        for flat, added in zip(optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_has_gradients, strict=True):
+        for part, added in zip(self.parts, self.optimizer.fp32_groups_has_gradients, strict=True):
             if any(added):
-                flat.zero_()
-        self._note_zeros()
+                part.gradients.zero_()
+        self._note_gradients(False)
 
-    def _note_zeros(self) -> None:
+    def _note_gradients(self, added: bool) -> None:
         groups = self.optimizer.fp32_groups_has_gradients
-        groups[:] = [[False] * len(added) for added in groups]
+        groups[:] = [[added] * len(group) for group in groups]
 
     def _norm(self) -> Tensor:
-        """Of the gradients of all model-parallel ranks, what several of them hold once."""
-        optimizer = self.optimizer
-        gradients, _ = optimizer.get_grads_for_norm()
-        square = gradient_square_sum(gradients, tables=self._tables, backend=self.inner.kernels)
-        square = square.to(optimizer.fp32_groups_flat_partition[0].device)
-        if optimizer.mpu is not None:
-            dist.all_reduce(square, group=optimizer.mpu.get_model_parallel_group())
-        return square.sqrt()
+        """Of the mean gradients of all model-parallel ranks."""
+        mpu, device = self.optimizer.mpu, self.parts[0].master.device
+        counted = [gradient for part in self.parts for gradient in part.counted]
+        square = gradient_square_sum(counted, tables=self._tables, backend=self.inner.kernels).to(device)
+        if self.count > 1:
+            dist.all_reduce(square, group=self.replicas)
+        if mpu is not None:
+            dist.all_reduce(square, group=mpu.get_model_parallel_group())
+        return square.sqrt() / self.count
 
     def _gather_weights(self) -> None:
         optimizer = self.optimizer

@@ -18,7 +18,7 @@ STEPS = (0.1, 30.0, float("inf"), 1.0, float("nan"), 3.0)
 """What the gradients of each step are multiplied by: clipped and not, and two steps that are left out."""
 
 
-def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP, device: str = "cpu"):
+def engine_of(kernels: str, fused: bool = True, clip: float = CLIP, device: str = "cpu"):
     """DeepSpeed's, over a small model in bf16 with two groups, one of a length that has to be padded."""
     os.environ["DS_ACCELERATOR"] = device
     import deepspeed
@@ -39,6 +39,7 @@ def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP, device: s
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": True, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
     engine = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
@@ -48,7 +49,7 @@ def optimizer_of(kernels: str, fused: bool = True, clip: float = CLIP, device: s
         get_tensor_model_parallel_rank=lambda: 0,
         get_pipeline_model_parallel_world_size=lambda: 1,
     )
-    return engine.optimizer
+    return engine
 
 
 def add_gradients(optimizer, scale: float, generator: torch.Generator) -> None:
@@ -59,13 +60,15 @@ def add_gradients(optimizer, scale: float, generator: torch.Generator) -> None:
 
 
 def trained(at_once: bool, clip: float, device: str) -> list[list[torch.Tensor]]:
-    optimizer = optimizer_of("triton" if at_once else "torch", clip=clip, device=device)
+    engine = engine_of("triton" if at_once else "torch", clip=clip, device=device)
+    optimizer = engine.optimizer
     stock = optimizer.step
     step_at_once(optimizer)
     assert (optimizer.step != stock) is at_once
-    generator, seen = torch.Generator().manual_seed(1), []
+    generator, seen = torch.Generator().manual_seed(1 + dist.get_rank()), []
     for scale in STEPS:
         add_gradients(optimizer, scale, generator)
+        engine.buffered_allreduce_fallback()
         optimizer.step()
         assert optimizer.overflow is not torch.tensor(scale).isfinite().item()
         assert not any(flat.any() for flat in optimizer.fp32_groups_gradients_flat)
@@ -105,9 +108,33 @@ def test_on_a_gpu_too():
     run_ranks(both_ways, 1, CLIP, "cuda", context=get_context("spawn"))
 
 
+def counted_once(rank: int) -> None:
+    """Of tensor ranks the first counts what all have, and of stages one what several have."""
+    for tensor_rank, expected in ((0, 4 + 3 + 2), (1, 4)):
+        engine = engine_of("triton")
+        optimizer = engine.optimizer
+        optimizer.mpu.get_tensor_model_parallel_rank = lambda tensor_rank=tensor_rank: tensor_rank
+        (first, _), (_, fourth) = optimizer.bf16_groups
+        first.tensor_model_parallel = fourth.ds_pipe_replicated = True
+        norms = []
+        for _ in range(2):
+            gradients = [gradient for group in optimizer.fp32_groups_gradients for gradient in group]
+            for gradient, square in zip(gradients, (4, 3, 2, 1), strict=True):
+                gradient[0] = square**0.5
+            optimizer.fp32_groups_has_gradients[:] = [[True] * 2] * 2
+            optimizer.step()
+            norms.append(float(optimizer._global_grad_norm))
+            step_at_once(optimizer)
+        assert norms == pytest.approx([expected**0.5] * 2)
+
+
+def test_the_norm_counts_once_what_several_ranks_have():
+    run_ranks(counted_once, 1)
+
+
 def left_alone(rank: int) -> None:
     for kernels, fused in (("auto", True), ("torch", True), ("triton", False)):
-        optimizer = optimizer_of(kernels, fused)
+        optimizer = engine_of(kernels, fused).optimizer
         stock = optimizer.step
         step_at_once(optimizer)
         assert optimizer.step == stock, (kernels, fused)
@@ -126,7 +153,7 @@ def test_other_optimizers_are_left_alone():
 
 
 def without_additions(rank: int) -> None:
-    optimizer = optimizer_of("triton")
+    optimizer = engine_of("triton").optimizer
     step_at_once(optimizer)
     add_gradients(optimizer, 1.0, torch.Generator().manual_seed(1))
     first = optimizer.fp32_groups_gradients_flat[0]
