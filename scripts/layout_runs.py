@@ -4,7 +4,8 @@ runs there.
 A layout is sizes and switches, joined by commas: `data`, `tensor`, `pipeline`, `zero` (the ZeRO stage), `sequence`,
 `backend` (messages of two tensor ranks by NCCL, not by copies), `compiled`, `graphs` (CUDA graphs of the layers;
 `graphs=0`: none), `micro` (another micro-batch), `samples` (another global batch: one that grows with the devices tells
-what a device loses by having company).
+what a device loses by having company), `selective` (recomputation), `card` (which of the devices a process alone has,
+from 0: no two are equally fast, and a layout is as fast as its slowest).
 """
 
 import argparse
@@ -30,8 +31,8 @@ from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import Recipe, load_recipe
 from neox_hf.training.trainer import NeoXTrainer
 
-SIZES = ("data", "tensor", "pipeline", "zero", "micro", "samples")
-SWITCHES = ("sequence", "backend", "compiled", "graphs", "ddp")
+SIZES = ("data", "tensor", "pipeline", "zero", "micro", "samples", "card")
+SWITCHES = ("sequence", "backend", "compiled", "graphs", "selective", "ddp")
 TIMEOUT_SECONDS = 300
 
 Figures = dict[str, Any]
@@ -96,6 +97,7 @@ class Run:
             "train.lr_warmup_fraction=0",
             "train.disable_tqdm=true",
             "train.resume_from_checkpoint=null",
+            *(["train.activation_checkpointing=selective"] if layout.get("selective") else []),
             *self.settings,
         ]
 
@@ -111,19 +113,22 @@ class Run:
 def run_ours(run: Run, folder: Path, timeout: float = TIMEOUT_SECONDS, more: Sequence[str] = ()) -> Figures:
     """Launch `run`. more: arguments of the ranks."""
     result = folder / "result.json"
-    figures = launch(run.world, [*run.command(folder, result), *more], result, timeout)
+    card = run.layout.get("card", 0)
+    figures = launch(run.world, [*run.command(folder, result), *more], result, timeout, card)
     return {**figures, "samples": run.samples} if figures else {}
 
 
-def launch(world: int, command: Sequence[str], result: Path, timeout: float = TIMEOUT_SECONDS) -> Figures:
+def launch(
+    world: int, command: Sequence[str], result: Path, timeout: float = TIMEOUT_SECONDS, card: int = 0
+) -> Figures:
     """Start `world` ranks of `command`; what the first one wrote to `result`, or nothing where it failed or took more
-    than `timeout` seconds."""
+    than `timeout` seconds. card: of the devices, the one that a rank alone has."""
     result.unlink(missing_ok=True)
     begin = time.perf_counter()
     launcher = [sys.executable]
     if world > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    code, output = run_command([*launcher, *command], _environment(world), timeout)
+    code, output = run_command([*launcher, *command], _environment(world, card), timeout)
     print(f"  {time.perf_counter() - begin:.0f} s, exit {code}", flush=True)
     if code or not result.exists():
         print(output[-5000:], flush=True)
@@ -131,7 +136,7 @@ def launch(world: int, command: Sequence[str], result: Path, timeout: float = TI
     return json.loads(result.read_text())
 
 
-def _environment(world: int) -> dict[str, str]:
+def _environment(world: int, card: int = 0) -> dict[str, str]:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     if not torch.cuda.is_available():
         prepare_deepspeed_on_cpu()
@@ -139,7 +144,8 @@ def _environment(world: int) -> dict[str, str]:
         environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
     if world == 1:
         # One process does not drive several GPUs.
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        cards = environment.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = cards.split(",")[card] if cards else str(card)
     return environment
 
 

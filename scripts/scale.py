@@ -54,13 +54,14 @@ class Report:
         date = datetime.now(UTC).date().isoformat()
         self.results["host"] = {"device": device, "devices": devices, "date": date, "versions": versions()}
         self.results.setdefault("commands", []).append(shlex.join(["python", "scripts/scale.py", *arguments]))
+        self.commit = commit()
 
     def add_correctness(self, section: dict[str, Any]) -> None:
-        self.results["correctness"] = section
+        self.results["correctness"] = {**section, "commit": self.commit}
         self.write()
 
     def add_speed(self, row: dict[str, Any]) -> None:
-        self.results.setdefault("speed", {})[row["name"]] = row
+        self.results.setdefault("speed", {})[row["name"]] = {**row, "commit": self.commit}
         self.write()
 
     def write(self) -> None:
@@ -76,10 +77,10 @@ def versions() -> str:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue  # triton, on a host without CUDA
-    return ", ".join([*found, *commit()])
+    return ", ".join(found)
 
 
-def commit() -> list[str]:
+def commit() -> str | None:
     """Of the repository, where there is one."""
     try:
         found = subprocess.run(
@@ -90,8 +91,8 @@ def commit() -> list[str]:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return []
-    return [f"commit {found.stdout.strip()}"]
+        return None
+    return found.stdout.strip()
 
 
 def known_device() -> Device | None:

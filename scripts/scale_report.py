@@ -43,7 +43,7 @@ def _correctness(section: Results) -> list[str]:
     curves = section["curves"].items()
     losses = [[name, *(_loss_at(step - count, curve) for step in shown)] for name, curve in curves if curve]
     return [
-        "Largest relative differences from one device's curve, same seed and samples.",
+        f"Largest relative differences from one device's curve, same seed and samples. Commit {_commit(section)}.",
         _table(["run", "what", "differs by", "at most", ""], rows),
         *([_table(["loss of step", *(str(step + 1) for step in shown)], losses)] if one else []),
     ]
@@ -56,7 +56,7 @@ def _loss_at(back: int, curve: Results) -> str:
 
 def _speed(rows: dict[str, Results]) -> list[str]:
     columns = ["run", "tokens/s", "planned", "TFLOP/s a device", "planned", "peak GiB", "held", "planned", "bubble"]
-    columns += ["(p - 1) / (m + p - 1)", "recomputed"]
+    columns += ["(p - 1) / (m + p - 1)", "recomputed", "commit"]
     note = (
         "Medians after a warm-up. Operations of a token: 6 x (parameters in matrix products, head included) + "
         "12 x L x H x S. Bubble: measured by a run of half the micro-batches; the optimizer's time is in it. Peers: "
@@ -68,7 +68,7 @@ def _speed(rows: dict[str, Results]) -> list[str]:
 
 def _speed_row(row: Results) -> list[str]:
     if "tokens_per_second" not in row:
-        return [row["name"], "failed", *[DASH] * 9]
+        return [row["name"], "failed", *[DASH] * 9, _commit(row)]
     planned = row.get("planned", {})
     return [
         row["name"],
@@ -82,7 +82,12 @@ def _speed_row(row: Results) -> list[str]:
         _number(row.get("bubble"), "{:.3f}"),
         _number(row.get("bubble_computed"), "{:.3f}"),
         row.get("recompute", DASH),
+        _commit(row),
     ]
+
+
+def _commit(results: Results) -> str:
+    return results.get("commit") or DASH
 
 
 def owed(rows: dict[str, Results]) -> list[str]:

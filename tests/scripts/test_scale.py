@@ -1,5 +1,6 @@
 """`scripts/scale.py`: what it runs, what it judges, what it writes; and a small part of it for real."""
 
+import dataclasses
 import json
 import math
 import os
@@ -90,6 +91,14 @@ def test_a_peer_has_the_same_work(tmp_path):
     assert (job["model"]["num_hidden_layers"], job["model"]["vocab_size"]) == (24, 50304)
 
 
+def test_what_a_layout_recomputes(tmp_path):
+    run = Run(config=speed_runs(8, True)[1].run.config, layout={}, micro_batch=8, global_batch=512, steps=4)
+    modes = [run.recipe(tmp_path).train.activation_checkpointing]
+    run = dataclasses.replace(run, layout=parse_layout("tensor=2,selective"))
+    modes.append(run.recipe(tmp_path).train.activation_checkpointing)
+    assert modes == [None, "selective"]
+
+
 def test_a_layout_that_is_none():
     assert parse_layout("tensor=2,sequence") == {"tensor": 2, "sequence": 1}
     with pytest.raises(SystemExit, match="'tenser=2' in 'tenser=2,sequence' is no size or switch of a layout"):
@@ -162,7 +171,8 @@ def results() -> dict:
     rows = {}
     for each in speed_runs(8, True)[:3]:
         row = measured(each, figures | {"samples": each.run.samples}, each.run.recipe(Path("out")), each.run.world)
-        rows[each.name] = row | {"planned": {"tokens_per_second": 1e5, "tflops": 500.0, "peak_gib": 41.0}}
+        planned = {"tokens_per_second": 1e5, "tflops": 500.0, "peak_gib": 41.0}
+        rows[each.name] = row | {"planned": planned, "commit": "abc1234"}
     rows["6.9B data=8,zero=1"] = measured(speed_runs(8, True)[5], {}, None, 8)
     checks = curve_checks("pipeline=2", curve(60), curve(60), BOUNDS) + curve_checks("data=2", {}, curve(60), BOUNDS)
     curves = {"one device": curve(60), "pipeline=2": curve(60, loss=2.001), "data=2, resumed": curve(10), "data=2": {}}
@@ -178,7 +188,7 @@ def test_the_page():
     assert "| data=2 | did not run | - | - | no |" in text
     assert "| loss of step | 1 | 10 | 26 | 50 | 51 | 60 |" in text
     assert "| data=2, resumed | - | - | - | - | 2.000000 | 2.000000 |" in text
-    assert "| 1.4B data=1 | 65,536 | 100,000 | 594.7 | 500 | 40.0 | 44.0 | 41.0 | - | - | - |" in text
+    assert "| 1.4B data=1 | 65,536 | 100,000 | 594.7 | 500 | 40.0 | 44.0 | 41.0 | - | - | - | abc1234 |" in text
     assert "| 6.9B data=8,zero=1 | failed |" in text
 
 
@@ -199,12 +209,14 @@ def test_fewer_devices_than_what_is_owed_is_for():
     assert owed(rows) == ["- Pythia-1.4B, data=4 beside one: 4.00 times."]
 
 
-def test_one_process_has_the_first_of_the_devices_it_may_see(monkeypatch):
+def test_one_process_has_one_of_the_devices_it_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert layout_runs._environment(1)["CUDA_VISIBLE_DEVICES"] == "2"
+    assert layout_runs._environment(1, card=1)["CUDA_VISIBLE_DEVICES"] == "3"
     assert layout_runs._environment(2)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert layout_runs._environment(1)["CUDA_VISIBLE_DEVICES"] == "0"
+    assert layout_runs._environment(1, card=1)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_the_picture(tmp_path):
@@ -242,6 +254,7 @@ def test_calls_add_to_one_report(sections, tmp_path):
     assert scale.main([*out, "--sections", "speed", "--no-peers"]) == 0
     written = json.loads((tmp_path / "scale_cpu_x2.json").read_text())
     assert written["correctness"]["checks"] == sections
+    assert written["correctness"]["commit"] == written["speed"]["tiny data=1"]["commit"] == scale.commit()
     assert list(written["speed"]) == [f"tiny {layout}" for layout in
                                       ("data=1", "data=2", "tensor=2", "pipeline=2", "data=2,zero=1")]  # fmt: skip
     assert len(written["commands"]) == 2
