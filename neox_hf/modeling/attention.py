@@ -17,7 +17,7 @@ from neox_hf.kernels import ROTARY, causal_attention, causal_softmax, rotary
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
-from neox_hf.parallel import ALONE, Linear, TensorRegion, column_linear, row_linear
+from neox_hf.parallel import ALONE, ColumnParallelLinear, Linear, TensorRegion, column_linear, row_linear
 
 
 class GPTNeoXAttention(nn.Module):
@@ -81,7 +81,7 @@ class GPTNeoXAttention(nn.Module):
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The fused projection [B, S, N, 3, D], and its bias if the rotation's kernel is to sum that one's gradient."""
         linear = self.query_key_value
-        leaves = is_bare(linear, Linear) and linear.bias is not None and not linear.trains_in_fp8
+        leaves = is_bare(linear, Linear, ColumnParallelLinear) and linear.may_leave_bias
         leaves = leaves and ROTARY.has_kernel_for(self.kernels, hidden_states)
         fused = linear.leaving_bias(hidden_states) if leaves else linear(hidden_states)
         return fused.view(*fused.shape[:-1], -1, 3, self.head_size), linear.bias if leaves else None

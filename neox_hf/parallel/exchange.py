@@ -21,7 +21,11 @@ from neox_hf.parallel.peer_memory import PeerMemory, are_near
 logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 2**20
-"""Of a message: NCCL is done with smaller ones sooner."""
+"""Of a message: NCCL is done with smaller ones sooner. But beside a product it is not, and a smaller one may travel in
+a larger one."""
+
+BESIDE_BYTES = 2**20
+"""Of what travels in another tensor's message, at most."""
 
 
 class Arrival:
@@ -29,17 +33,20 @@ class Arrival:
     not this thread.
 
     out: where `wait` leaves the sum, which may be `tensor`; None is a tensor of its own.
+    beside: has travelled in the same message, and is its own sum once this has been awaited.
     """
 
     def __init__(
         self,
         tensor: Tensor,
         out: Tensor | None,
+        beside: Tensor | None,
         place: PeerMemory,
         there: torch.Event,
         done: Callable[[PeerMemory], None],
     ) -> None:
-        self._tensor, self._out, self._place, self._there, self._done = tensor, out, place, there, done
+        self._tensor, self._out, self._beside = tensor, out, beside
+        self._place, self._there, self._done = place, there, done
 
     def wait(self) -> Tensor:
         """The sum."""
@@ -50,7 +57,10 @@ class Arrival:
     def hand_to(self, use: Callable[[Tensor, Tensor], object]) -> None:
         """Have `use` read both summands, in the order of the ranks. They are not its to keep."""
         self._there.wait()
-        use(*self._place.summands(self._tensor))
+        summands, *of_beside = self._place.summands(*_present(self._tensor, self._beside))
+        use(*summands)
+        for first, second in of_beside:
+            torch.add(first, second, out=self._beside)
         self._place.release()
         self._done(self._place)
 
@@ -96,11 +106,12 @@ class Exchange:
         """Whether it does: not where the devices have turned out to be strangers."""
         return self._possible is not False
 
-    def start(self, tensor: Tensor, out: Tensor | None = None) -> Arrival | None:
-        """Send `tensor`, contiguous, which stays as it is until the other's is awaited. out: of `Arrival`. None, on
-        both ranks, where NCCL is to do it."""
+    def start(self, tensor: Tensor, out: Tensor | None = None, beside: Tensor | None = None) -> Arrival | None:
+        """Send `tensor`, contiguous, which stays as it is until the other's is awaited, and so `beside`, which is to be
+        small. out, beside: of `Arrival`. None, on both ranks, where NCCL is to do it."""
         size = tensor.numel() * tensor.element_size()
-        if size < LEAST_BYTES or self._possible is False:
+        fits = beside is None or beside.numel() * beside.element_size() <= BESIDE_BYTES
+        if size < LEAST_BYTES or not fits or self._possible is False:
             return None
         room = room_for(size)
         idle = self._idle.setdefault(room, deque())
@@ -108,8 +119,8 @@ class Exchange:
         if place is None:
             return None
         with self._lane.behind_current():
-            place.exchange(tensor)
-        return Arrival(tensor, out, place, self._lane.mark(), idle.append)
+            place.exchange(*_present(tensor, beside))
+        return Arrival(tensor, out, beside, place, self._lane.mark(), idle.append)
 
     def _new_place(self, size: int, device: torch.device) -> PeerMemory | None:
         """None while a graph is captured, which can wait for no other process, and where the devices are strangers."""
@@ -147,8 +158,13 @@ class Exchange:
 
 
 def room_for(size: int) -> int:
-    """Bytes to reserve for a message: a power of two, so that batches of many lengths take memory for a few."""
-    return 1 << (size - 1).bit_length()
+    """Bytes to reserve for a message: a power of two, so that batches of many lengths take memory for a few, and what
+    may travel beside it."""
+    return (1 << (size - 1).bit_length()) + BESIDE_BYTES
+
+
+def _present(tensor: Tensor, beside: Tensor | None) -> tuple[Tensor, ...]:
+    return (tensor,) if beside is None else (tensor, beside)
 
 
 def is_capturing() -> bool:

@@ -45,6 +45,11 @@ class Linear(nn.Linear):
         """x W^T; the bias is left to who adds it in passing."""
         return self._product(x, None)
 
+    @property
+    def may_leave_bias(self) -> bool:
+        """Whether `leaving_bias` may be called."""
+        return self.bias is not None and not self.trains_in_fp8
+
     def leaving_bias(self, x: Tensor) -> Tensor:
         """x W^T + b, where the gradient of b is left to who sums it in passing."""
         return self._product(x, self.bias.detach())
@@ -102,6 +107,15 @@ class ColumnParallelLinear(nn.Linear, Sharded):
     def product(self, x: Tensor) -> Tensor:
         """This rank's part of x W^T; the bias is left to who adds it in passing."""
         return self._product(x, None)
+
+    @property
+    def may_leave_bias(self) -> bool:
+        """Whether `leaving_bias` may be called."""
+        return self.bias is not None
+
+    def leaving_bias(self, x: Tensor) -> Tensor:
+        """This rank's part of x W^T + b, where the gradient of b is left to who sums it in passing."""
+        return self._product(x, self.bias.detach())
 
     @property
     def postpones(self) -> bool:

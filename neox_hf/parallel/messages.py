@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """What is under way. The tensor that travels is kept alive until it has arrived."""
+    """What is under way. The tensor that travels is kept alive until it has arrived. beside: is awaited with it."""
 
     work: dist.Work
     travelling: Tensor
     unpack: Callable[[Tensor], Tensor]
+    beside: "Message | None" = None
 
     def wait(self) -> Tensor:
         """The result. On CUDA the device waits, not this thread."""
+        if self.beside is not None:
+            self.beside.wait()
         self.work.wait()
         return self.unpack(self.travelling)
 
@@ -48,26 +51,29 @@ def start_all_reduce(tensor: Tensor, region: "TensorRegion") -> "Message | Arriv
     return arrival or _by_backend(tensor, region)
 
 
-def start_sum(tensor: Tensor, region: "TensorRegion") -> "Message | Arrival":
-    """The sum of `tensor` over the group, which may have other readers and stays as it is."""
-    arrival = region.exchange and region.exchange.start(tensor.contiguous())
-    return arrival or _by_backend(tensor.clone(memory_format=torch.contiguous_format), region)
+def start_sum(tensor: Tensor, region: "TensorRegion", beside: Tensor | None = None) -> "Message | Arrival":
+    """The sum of `tensor` over the group, which may have other readers and stays as it is. beside: a small tensor,
+    contiguous, which is summed in place when this is awaited, and travels in the same message where copies carry it."""
+    arrival = region.exchange and region.exchange.start(tensor.contiguous(), beside=beside)
+    if arrival:
+        return arrival
+    message = _by_backend(tensor.clone(memory_format=torch.contiguous_format), region)
+    return message if beside is None else replace(message, beside=_by_backend(beside, region))
 
 
-class SumOfSeveral:
-    """The sums of small tensors over the group, in one message, which starts at once. In fp32 at least: this sum comes
-    before any other rounding."""
+class Several:
+    """Small tensors as one that is to be summed over a group, `flat`. In fp32 at least: that sum comes before any other
+    rounding."""
 
-    def __init__(self, tensors: Sequence[Tensor], region: "TensorRegion") -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._like = tensors
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         self._dtype = flat.dtype
-        self._message = start_all_reduce(flat.to(torch.promote_types(flat.dtype, torch.float32)), region)
+        self.flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
 
-    def wait(self) -> list[Tensor]:
-        """The sums, in the order of the summands."""
-        summed = self._message.wait().to(self._dtype)
-        parts = summed.split([tensor.numel() for tensor in self._like])
+    def apart(self) -> list[Tensor]:
+        """What has become of each, in their order."""
+        parts = self.flat.to(self._dtype).split([tensor.numel() for tensor in self._like])
         return [part.view_as(tensor) for part, tensor in zip(parts, self._like, strict=True)]
 
 

@@ -19,9 +19,11 @@ from neox_hf.kernels.gelu_product import gelu_product
 from neox_hf.kernels.late_tensor import LateTensor, late_form
 from neox_hf.kernels.product import linear_product
 from neox_hf.kernels.weight_gradient import AddProduct, adder_of
+from neox_hf.parallel.exchange import Arrival
 from neox_hf.parallel.messages import (
     Message,
-    SumOfSeveral,
+    Several,
+    start_all_reduce,
     start_gather_sequence,
     start_reduce_scatter_sequence,
     start_sum,
@@ -76,14 +78,22 @@ class _EnterAheadOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, partial: Tensor, *partials: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, *wanted = ctx.needs_input_grad[3:]
-        message = start_sum(partial, ctx.region) if wants_x else None  # the gradient may have other readers
-        beside = SumOfSeveral(partials, ctx.region) if any(wanted[: ctx.shared]) else None
+        several = Several(partials) if any(wanted[: ctx.shared]) else None
+        message = _start(partial if wants_x else None, several, ctx.region)
         gradients: list[Tensor | None] = []
         for index, postponed in enumerate(ctx.postponed):
             at = ctx.shared + 2 * index
             gradients += postponed.take((wanted[at], wanted[at + 1]))
-        whole = beside.wait() if beside else [None] * ctx.shared
-        return None, None, None, message and message.wait(), *whole, *gradients
+        total = message and message.wait()
+        shared = several.apart() if several else [None] * ctx.shared
+        return None, None, None, total if wants_x else None, *shared, *gradients
+
+
+def _start(partial: Tensor | None, several: Several | None, region: TensorRegion) -> Message | Arrival | None:
+    """The sum of `partial`, which may have other readers, with those of `several` in place; of what there is."""
+    if partial is not None:
+        return start_sum(partial, region, beside=several and several.flat)
+    return several and start_all_reduce(several.flat, region)
 
 
 class _PostponingLinear(torch.autograd.Function):
@@ -94,18 +104,19 @@ class _PostponingLinear(torch.autograd.Function):
         ctx: Any,
         postponed: PostponedGradients,
         late: LateTensor | None,
+        biased: bool,
         backend: str,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.postponed, ctx.late, ctx.biased, ctx.backend = postponed, late, bias is not None, backend
+        ctx.postponed, ctx.late, ctx.biased, ctx.backend = postponed, late, biased, backend
         ctx.save_for_backward(weight, None if late else x)
         return linear_product(x, weight, bias, backend=backend)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, _gradient_of_input(ctx, gradient), None, None
+        return None, None, None, None, _gradient_of_input(ctx, gradient), None, None
 
 
 def _gradient_of_input(ctx: Any, gradient: Tensor) -> Tensor:
@@ -206,11 +217,11 @@ def enter_ahead_of(
 def postponing_linear(
     postponed: PostponedGradients, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> Tensor:
-    """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from.
-    backend: of `kernels.product.product_`, here and below."""
-    bias = None if bias is None else bias.detach()
+    """x W^T + b, whose backward pass gives the gradient of x, and to `postponed` what the others are computed from: but
+    for a bias that is detached. backend: of `kernels.product.product_`, here and below."""
+    biased, bias = (False, None) if bias is None else (bias.requires_grad, bias.detach())
     late = late_form(x) if postponed.adds else None
-    return _PostponingLinear.apply(postponed, late, backend, *in_autocast_dtype(x, weight.detach(), bias))
+    return _PostponingLinear.apply(postponed, late, biased, backend, *in_autocast_dtype(x, weight.detach(), bias))
 
 
 @torch.compiler.disable

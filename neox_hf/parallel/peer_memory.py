@@ -8,7 +8,7 @@ them.
 import ctypes
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,9 @@ PATIENCE_MS = 30 * 60 * 1000
 `ddp_timeout`."""
 
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+
+ALIGNMENT = 256
+"""Bytes of whose multiples each tensor of a message begins at one."""
 
 NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of CUDA's driver."""
@@ -45,17 +48,18 @@ class PeerMemory:
         self._arrived, self._read = 2 * number, 2 * number + 1
         self._signal(self._read)
 
-    def exchange(self, tensor: Tensor) -> None:
-        """Send `tensor`, and wait for the other's; on the current stream."""
+    def exchange(self, *tensors: Tensor) -> None:
+        """Send `tensors`, and wait for the other's; on the current stream."""
         self._await(self._read)
-        _like(tensor, self._theirs).copy_(tensor)
+        for place, tensor in zip(_laid_out(tensors, self._theirs), tensors, strict=True):
+            place.copy_(tensor)
         self._signal(self._arrived)
         self._await(self._arrived)
 
-    def summands(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """`tensor` and what came, in the order of the ranks; until `release`."""
-        came = _like(tensor, self._mine)
-        return (came, tensor) if self._peer == 0 else (tensor, came)
+    def summands(self, *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each of `tensors` and what came for it, in the order of the ranks; until `release`."""
+        pairs = zip(_laid_out(tensors, self._mine), tensors, strict=True)
+        return [(came, tensor) if self._peer == 0 else (tensor, came) for came, tensor in pairs]
 
     def release(self) -> None:
         """What came has been read: the other may send again. On the current stream."""
@@ -83,9 +87,14 @@ def _without_multicast() -> Iterator[None]:
             os.environ[NO_MULTICAST] = before
 
 
-def _like(tensor: Tensor, memory: Tensor) -> Tensor:
-    """The beginning of `memory`, in the shape and dtype of `tensor`."""
-    return memory[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+def _laid_out(tensors: Sequence[Tensor], memory: Tensor) -> list[Tensor]:
+    """Views of `memory`, one behind the other, in the shapes and dtypes of `tensors`."""
+    views, begin = [], 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        views.append(memory[begin : begin + size].view(tensor.dtype).view(tensor.shape))
+        begin += -(-size // ALIGNMENT) * ALIGNMENT
+    return views
 
 
 def are_near(group: dist.ProcessGroup | None, device: torch.device) -> bool:

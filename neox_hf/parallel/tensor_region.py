@@ -28,7 +28,7 @@ from torch import Tensor
 from neox_hf.errors import TopologyError
 from neox_hf.parallel.exchange import Exchange
 from neox_hf.parallel.messages import (
-    SumOfSeveral,
+    Several,
     group_of,
     start_all_reduce,
     start_gather_sequence,
@@ -184,7 +184,9 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *partials: Tensor | None) -> tuple[Tensor | None, ...]:
         present = [partial for partial in partials if partial is not None]
-        whole = iter(SumOfSeveral(present, ctx.region).wait())
+        several = Several(present)
+        start_all_reduce(several.flat, ctx.region).wait()
+        whole = iter(several.apart())
         return None, *(None if partial is None else next(whole) for partial in partials)
 
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from neox_hf import GPTNeoXConfig, GPTNeoXLayer
 from neox_hf.parallel import Topology, exchange, topology
-from neox_hf.parallel.exchange import LEAST_BYTES, Exchange
-from neox_hf.parallel.messages import start_all_reduce
+from neox_hf.parallel.exchange import BESIDE_BYTES, LEAST_BYTES, Exchange
+from neox_hf.parallel.messages import start_all_reduce, start_sum
 from tests.gloo import run_ranks
 from tests.parallel.regions import region_of
 
@@ -32,19 +32,20 @@ class Place:
         self.size, self.number, self.came, self.in_use = size, number, None, False
         Place.made.append(self)
 
-    def exchange(self, tensor):
+    def exchange(self, *tensors):
         assert not self.in_use
-        assert self.size / 2 < tensor.numel() * tensor.element_size() <= self.size
-        self.in_use, self.came = True, torch.empty_like(tensor)
-        other, sent = 1 - dist.get_rank(), tensor.clone()
-        for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, self.came, other)]
-        ):
+        room, first, *rest = self.size - BESIDE_BYTES, *(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert room / 2 < first <= room
+        assert sum(rest) <= BESIDE_BYTES
+        self.in_use, self.came = True, [torch.empty_like(tensor) for tensor in tensors]
+        other, sent = 1 - dist.get_rank(), [tensor.clone() for tensor in tensors]
+        messages = [dist.P2POp(dist.isend, tensor, other) for tensor in sent]
+        for work in dist.batch_isend_irecv(messages + [dist.P2POp(dist.irecv, tensor, other) for tensor in self.came]):
             work.wait()
 
-    def summands(self, tensor):
+    def summands(self, *tensors):
         assert self.in_use
-        return (tensor, self.came)[:: 1 - 2 * dist.get_rank()]
+        return [pair[:: 1 - 2 * dist.get_rank()] for pair in zip(tensors, self.came, strict=True)]
 
     def release(self):
         self.in_use = False
@@ -92,7 +93,7 @@ def test_sums_and_what_memory_they_take():
     """As many places of a size as were under way at once, each with its number."""
     first, second = run_ranks(sums_of_many, 2)
     assert first == second
-    assert [size // LEAST_BYTES for size, _ in first] == [1, 1, 2, 2]
+    assert [(size - BESIDE_BYTES) // LEAST_BYTES for size, _ in first] == [1, 1, 2, 2]
     assert sorted(number for _, number in first) == [0, 1, 2, 3]
 
 
@@ -146,6 +147,32 @@ def test_summands_come_in_the_order_of_the_ranks():
     assert run_ranks(who_hands_over_what, 2) == [[True, True]] * 2
 
 
+def beside_another(rank):
+    """A small tensor of another dtype in the message of a large one, twice, and one that is too large to."""
+    link, sums = exchange_of(), []
+    for number in range(2):
+        tensor, small = summand(rank, ELEMENTS, number), summand(rank, 7, 5 + number).double()
+        total = link.start(tensor, beside=small).wait()
+        sums += [torch.equal(total, whole(ELEMENTS, number)), torch.equal(tensor, summand(rank, ELEMENTS, number))]
+        sums.append(torch.equal(small, summand(0, 7, 5 + number).double() + summand(1, 7, 5 + number).double()))
+    assert link.start(tensor, beside=torch.ones(BESIDE_BYTES // 4 + 1)) is None
+    return sums, len(Place.made)
+
+
+def test_a_small_tensor_travels_with_a_large_one():
+    assert run_ranks(beside_another, 2) == [([True] * 6, 1)] * 2
+
+
+def beside_by_backend(rank):
+    region, tensor, small = region_of(rank), summand(rank, 3, 0), summand(rank, 3, 1)
+    total = start_sum(tensor, region, beside=small).wait()
+    return [torch.equal(total, whole(3, 0)), torch.equal(tensor, summand(rank, 3, 0)), torch.equal(small, whole(3, 1))]
+
+
+def test_the_backend_sums_both():
+    assert run_ranks(beside_by_backend, 2) == [[True] * 3] * 2
+
+
 def far_for_one(rank):
     link = exchange_of(near=lambda group, device: rank == 0)
     return link.start(torch.ones(ELEMENTS)), link.copies, len(Place.made)
@@ -157,7 +184,7 @@ def test_devices_that_one_rank_finds_far_go_through_the_backend():
 
 @pytest.mark.parametrize(("size", "room"), [(2**20, 2**20), (2**20 + 1, 2**21), (2**21 - 16, 2**21)])
 def test_room(size, room):
-    assert exchange.room_for(size) == room
+    assert exchange.room_for(size) == room + BESIDE_BYTES
 
 
 def gradients_of_a_layer(rank):

@@ -51,16 +51,18 @@ def test_sums(of_all):
 
 
 def in_a_graph(rank):
-    """A graph with messages behind products, replayed with other numbers, between messages outside."""
+    """A graph with messages behind products, replayed with other numbers, between messages outside; a small tensor
+    travels with the second."""
     device = device_of(rank)
     link = Exchange(dist.group.WORLD)
     tensors = [summand(rank, number, device) for number in range(2)]
+    small = torch.ones(5, device=device)
     matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
 
     def step():
         arrivals = []
-        for tensor in tensors:
-            arrivals.append(link.start(tensor, out=tensor))
+        for tensor, beside in zip(tensors, (None, small), strict=True):
+            arrivals.append(link.start(tensor, out=tensor, beside=beside))
             matrix @ matrix
         for arrival in arrivals:
             arrival.wait()
@@ -74,10 +76,12 @@ def in_a_graph(rank):
     for turn in range(1, 30):
         for number, tensor in enumerate(tensors):
             tensor.copy_(summand(rank, 2 * turn + number, device))
+        small.fill_(turn + rank)
         if turn % 2 == rank:
             torch.cuda._sleep(5_000_000)
         graph.replay()
         alike += [torch.equal(tensor, whole(2 * turn + number, device)) for number, tensor in enumerate(tensors)]
+        alike.append(bool((small == 2 * turn + 1).all()))
         if turn % 5 == 0:
             outside = summand(rank, 1000 + turn, device)
             link.start(outside, out=outside).wait()

@@ -104,6 +104,38 @@ def test_norms_that_are_not_trained_send_nothing(parallel, log):
     assert hidden.grad is not None
 
 
+def test_norms_of_a_stream_that_is_not_trained_have_their_sums(log):
+    """Nothing before them is: theirs is the only message."""
+    layer = GPTNeoXLayer(GPTNeoXConfig(**FIELDS), 0, region(sequence=False))
+    sums = []
+    for gives in (True, False):
+        hidden = torch.ones(2, LENGTH, HIDDEN, requires_grad=gives)
+        layer(hidden, position_embeddings=(torch.zeros(1, LENGTH, 1), torch.zeros(1, LENGTH, 1))).sum().backward()
+        sums.append(layer.input_layernorm.bias.grad.clone())
+        if gives:
+            log.clear()
+    assert [line for line in log if "start" in line] == ["start all-reduce", "start all-reduce of the norms"]
+    torch.testing.assert_close(sums[1], 2 * sums[0])  # the second was added to the first
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("sequence", [True, False])
+def test_the_rotation_sums_the_bias_of_query_key_and_value(sequence, trained, log):
+    """Once: the gradients are those of the references, where the linear itself does."""
+    gradients = {}
+    for kernels in ("torch", "triton"):
+        torch.manual_seed(0)
+        layer = GPTNeoXLayer(GPTNeoXConfig(**FIELDS, kernels=kernels), 0, region(sequence)).train()
+        layer.attention.query_key_value.bias.requires_grad_(trained)
+        hidden = torch.randn(2, LENGTH // (1 + sequence), HIDDEN, requires_grad=True)
+        angles = torch.randn(2, 1, LENGTH, 1).unbind()
+        layer(hidden, position_embeddings=angles).square().sum().backward()
+        gradients[kernels] = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert (gradients["triton"]["attention.query_key_value.bias"] is not None) == trained
+    for name, gradient in gradients["torch"].items():
+        torch.testing.assert_close(gradients["triton"][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_the_gradient_of_the_stream_is_one_ranks(parallel, log):
     """It joins the norms' gradient in their kernel, and the sum over ranks counts it once."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from neox_hf.parallel import peer_memory
-from neox_hf.parallel.peer_memory import NO_MULTICAST, PeerMemory
+from neox_hf.parallel.peer_memory import ALIGNMENT, NO_MULTICAST, PeerMemory
 
-SIZE, PLACES, TURNS = 64, 3, 60
+SIZE, PLACES, TURNS = 2 * ALIGNMENT, 3, 60
 
 
 class Device:
@@ -68,8 +68,13 @@ def make(monkeypatch):
     return make
 
 
+def message(value):
+    """Two tensors, of which the first leaves a gap behind it."""
+    return torch.full((3, 5), value), torch.full((ALIGNMENT // 8,), value, dtype=torch.float64)
+
+
 def test_nothing_is_overwritten_before_it_is_read(make):
-    """Messages of a rank that is now ahead and now behind, all places in use at once."""
+    """Messages of two tensors, of a rank that is now ahead and now behind, all places in use at once."""
     wrong, failed = [], []
 
     def run(rank):
@@ -77,15 +82,15 @@ def test_nothing_is_overwritten_before_it_is_read(make):
             delays = random.Random(rank)
             places = [make(rank, number) for number in range(PLACES)]
             for turn in range(TURNS):
-                sent = [torch.full((SIZE // 4,), 100.0 * turn + 10 * number + rank) for number in range(PLACES)]
-                for place, tensor in zip(places, sent, strict=True):
-                    place.exchange(tensor)
+                sent = [message(100.0 * turn + 10 * number + rank) for number in range(PLACES)]
+                for place, tensors in zip(places, sent, strict=True):
+                    place.exchange(*tensors)
                     time.sleep(delays.choice([0, 0, 0.002]))
-                for number, (place, tensor) in enumerate(zip(places, sent, strict=True)):
-                    summands = place.summands(tensor)
+                for number, (place, tensors) in enumerate(zip(places, sent, strict=True)):
+                    pairs = place.summands(*tensors)
                     time.sleep(delays.choice([0, 0, 0.002]))
                     first = 100.0 * turn + 10 * number
-                    alike = all((found == first + place).all() for place, found in enumerate(summands))
+                    alike = all((found == first + place).all() for pair in pairs for place, found in enumerate(pair))
                     place.release()
                     if not alike:
                         wrong.append((rank, turn, number))
