@@ -27,7 +27,7 @@ def our_run(layout: dict[str, int], options: argparse.Namespace) -> Run:
         layout=layout,
         micro_batch=options.micro_batch,
         global_batch=options.global_batch,
-        steps=options.steps,
+        steps=options.steps + (options.profile is not None),
         settings=options.set,
     )
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--set", action="append", default=[], help="section.key=value, for our runs")
+    parser.add_argument("--profile", type=Path, help="a folder: one more step, kernel by kernel, of each of our ranks")
     parser.add_argument("--json", type=Path, help="write every figure here")
     measure(parser.parse_args())
 
@@ -85,6 +86,8 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Run everything; what is known is printed and written after each run, for a run that is cut short."""
     world = max(world_of(parse_layout(text)) for text in options.layouts)
+    if options.profile is not None:
+        options.profile.mkdir(parents=True, exist_ok=True)
     options.seq_length = load_recipe(options.config, None, options.set).data.seq_length
     ours: dict[str, Figures] = {}
     peers: dict[str, Figures] = {}
@@ -98,7 +101,8 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for text in options.layouts:
             print(f"ours: {text}", flush=True)
-            ours[text] = run_ours(our_run(parse_layout(text), options), Path(folder))
+            more = [] if options.profile is None else ["--profile", str(options.profile / text)]
+            ours[text] = run_ours(our_run(parse_layout(text), options), Path(folder), more=more)
             note(text, ours[text])
         for text in options.against:
             print(f"peer: {text}", flush=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layout_profile import StepProfile
 from peak_memory import peak_memory
 from transformers import TrainerCallback
 
@@ -220,6 +221,8 @@ def work(options: argparse.Namespace) -> None:
     trainer = build_trainer(recipe, args, topology)
     clock = StepClock()
     trainer.add_callback(clock)
+    if options.profile is not None:
+        trainer.add_callback(StepProfile(options.profile.with_suffix(f".rank{topology.rank}.txt")))
     recorder = SampleRecorder(trainer, options.samples_of_step) if options.samples_of_step is not None else None
     trainer.train(args.resume_from_checkpoint)
     peak = peak_memory()
@@ -227,7 +230,8 @@ def work(options: argparse.Namespace) -> None:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         figures = {name: [entry[name] for entry in logs] for name in ("loss", "grad_norm")}
         recorded = {"recorded": recorder.samples} if recorder else {}
-        options.result.write_text(json.dumps({**figures, "seconds": clock.seconds, **peak, **recorded}))
+        seconds = clock.seconds if options.profile is None else clock.seconds[:-1]
+        options.result.write_text(json.dumps({**figures, "seconds": seconds, **peak, **recorded}))
     trainer.loader.close()
 
 
@@ -236,6 +240,7 @@ def main() -> None:
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--result", type=Path, required=True, help="where the first rank writes what it measured")
+    parser.add_argument("--profile", type=Path, help="profile the last step, which is not timed: PROFILE.rank0.txt ...")
     parser.add_argument("--samples-of-step", type=int, help="record what the step after this one reads")
     work(parser.parse_args())
 
