@@ -2,7 +2,7 @@
 
     python scripts/scale.py                                            # eight devices, both sections
     python scripts/scale.py --devices 4                                # or 2: what fits there of either section
-    python scripts/scale.py --sections speed --models 20B              # adds to what an earlier call has written
+    python scripts/scale.py --sections speed --only 20B "1.4B peer"    # adds to what an earlier call has written
 
 correctness: tensor 2 x pipeline 2 x data 2 with sequence parallelism follows one device's curve; its checkpoint resumes
 at tensor 4 x data 2 and at pipeline 8, and loads in stock transformers. speed: tokens/s, TFLOP/s, memory and bubble of
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from scale_correctness import run_correctness
 from scale_report import page, picture
-from scale_runs import DEVICES, correctness_of, speed_runs
+from scale_runs import DEVICES, SpeedRun, correctness_of, speed_runs
 from scale_speed import run_speed
 
 from neox_hf.errors import RecipeError
@@ -117,10 +117,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--devices", type=int, choices=DEVICES, default=max(DEVICES))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--models", nargs="+", help="of the speed section, such as 1.4B 20B; all, unless given")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="rows of the speed section in whose names one of these is"
+    )
     parser.add_argument("--no-peers", action="store_true", help="our own rows of the speed section alone")
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args(arguments)
+
+
+def wanted_runs(options: argparse.Namespace, cuda: bool) -> list[SpeedRun]:
+    """Rows of the speed section.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    if "speed" not in options.sections:
+        return []
+    every = speed_runs(options.devices, cuda)
+    mine = [run for run in every if not (options.no_peers and run.peer)]
+    found = [run for run in mine if not options.only or any(text in run.name for text in options.only)]
+    if not found:
+        names = ", ".join(repr(run.name) for run in mine)
+        raise SystemExit(f"--only {shlex.join(options.only)}: no row of {options.devices} devices; there are {names}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,20 +148,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := missing(options.devices):
         print(reason, flush=True)
         return MISSING_DEVICES
-    report, cuda, ok = Report(options.out, options.devices, arguments), torch.cuda.is_available(), True
+    cuda, ok = torch.cuda.is_available(), True
+    runs = wanted_runs(options, cuda)
+    report = Report(options.out, options.devices, arguments)
     with tempfile.TemporaryDirectory() as folder:
         if "correctness" in options.sections:
             section = run_correctness(correctness_of(options.devices, cuda), Path(folder), report.add_correctness)
             ok = all(check["ok"] for check in section["checks"])
-        if "speed" in options.sections:
-            runs = [run for run in speed_runs(options.devices, cuda) if _is_wanted(run, options)]
+        if runs:
             run_speed(runs, options.devices, known_device(), Path(folder), report.add_speed)
     print(page(report.results), flush=True)
     return 0 if ok else 1
-
-
-def _is_wanted(run: Any, options: argparse.Namespace) -> bool:
-    return (not options.models or run.model in options.models) and not (options.no_peers and run.peer)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,16 @@ def test_calls_add_to_one_report(sections, tmp_path):
     assert (tmp_path / "scale_cpu_x2.png").exists()
 
 
+def test_rows_by_their_names(sections, tmp_path):
+    out = ["--devices", "2", "--sections", "speed", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--only 20B tensor=3: no row of 2 devices; there are 'tiny data=1', "):
+        scale.main([*out, "--only", "20B", "tensor=3"])
+    assert not (tmp_path / "out").exists()
+    assert scale.main([*out, "--only", "pipeline", "peer ddp"]) == 0
+    written = json.loads((tmp_path / "out" / "scale_cpu_x2.json").read_text())
+    assert list(written["speed"]) == ["tiny pipeline=2", "tiny peer ddp"]
+
+
 def test_a_broken_bound_is_an_exit_code(sections, tmp_path):
     sections.append({"name": "tensor=2", "what": "loss", "found": 2.0, "bound": 1.0, "ok": False})
     assert scale.main(["--devices", "2", "--out", str(tmp_path)]) == 1
