@@ -105,6 +105,11 @@ class Job:
         """Whether one kernel steps fp32 masters: our engine's, split models' and ZeRO-1's."""
         return self.precision.master and not self.precision.scaled and self.zero_stage < 2 and not self.offloads
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether stages send their gradients back before they compute those of weights (`training.split_backward`)."""
+        return self.steps_at_once and self.topology.pipeline > 1 == self.topology.tensor and self.recompute == "none"
+
     def matrices(self, stage: int) -> int:
         """Elements of the matrices of a stage's layers on each rank."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size

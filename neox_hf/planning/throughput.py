@@ -62,6 +62,8 @@ def step_of(job: Job, device: Device) -> Step:
     slowest = max(range(len(stages)), key=lambda stage: stages[stage].seconds)
     # One micro-batch goes through all stages; behind it they come at the slowest stage's pace.
     passes = sum(stage.seconds for stage in stages) + (job.accumulation - 1) * stages[slowest].seconds
+    if job.splits_backward:  # and back without the gradients of weights, but for the first stage
+        passes -= _product_seconds(job, device) / 3 * sum(job.layers[1:])
     busy = job.accumulation * sum(stage.seconds for stage in stages) / len(stages)
     ends = {
         "gradients": max(gradient_seconds(job, device, stage) for stage in range(len(stages))),

@@ -8,6 +8,7 @@ from neox_hf.training import loss_scale
 from neox_hf.training.deepspeed_gradients import sum_in_master_gradients
 from neox_hf.training.deepspeed_step import step_at_once
 from neox_hf.training.engine import OptimizerBoxes
+from neox_hf.training.split_backward import PostponedProducts
 
 
 class DeepSpeedOptimizer(OptimizerBoxes):
@@ -18,8 +19,12 @@ class DeepSpeedOptimizer(OptimizerBoxes):
         self.trainer.accelerator.gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
 
     def begin(self) -> None:
-        sum_in_master_gradients(self.optimizer)
+        sum_in_master_gradients(self.optimizer, self.postponed_products())
         step_at_once(self.optimizer)
+
+    def postponed_products(self) -> PostponedProducts | None:
+        """What takes the products that are gradients of weights, where they are not computed as they are asked for."""
+        return None
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
         """DeepSpeed clips in its step; the norm is that step's."""

@@ -29,6 +29,7 @@ from neox_hf.training.graphs import graph_layers
 from neox_hf.training.label_weights import count_labels
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
+from neox_hf.training.split_backward import PostponedProducts, split_backward
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -63,6 +64,14 @@ class PipelineEngine(DeepSpeedOptimizer):
         elsewhere = None if isinstance(self.optimizer, BF16_Optimizer) else "DeepSpeed sums gradients after the layers"
         args, layers = self.trainer.args, self.stage.layers
         graph_layers(self.trainer.model, args, self.topology, layers=layers, reason=elsewhere)
+
+    def postponed_products(self) -> PostponedProducts | None:
+        """Of stages that hold no more for it: not of those that compute activations again, which would be kept. A
+        tensor group's messages travel behind these products."""
+        keeps_all = self.trainer.args.recompute == "none"
+        if self.topology.pipeline == 1 or self.topology.tensor > 1 or not keeps_all:
+            return None
+        return split_backward(self.driver)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Collect the micro-batch; with the last of a step, train on all of them.

@@ -27,6 +27,7 @@ FILES_THAT_MAY_IMPORT = {
         "training/launch_environment.py",
         "training/pipeline_engine.py",
         "training/pipeline_module.py",
+        "training/split_backward.py",
         "training/zero.py",
     },
     "cutlass": {"kernels/quack_epilogues.py"},

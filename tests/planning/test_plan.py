@@ -121,13 +121,28 @@ def test_the_first_stage_keeps_most_micro_batches():
     assert memories[0].loss == 0 < memories[-1].loss
 
 
-def test_the_bubble_is_the_textbook_s():
-    """With stages alike, (p - 1) / (m + p - 1). Here they are, without a head to speak of."""
+def four_stages(*overrides: str) -> Job:
+    """Alike: without a head to speak of."""
     small = "model={num_hidden_layers: 8, hidden_size: 2048, num_attention_heads: 16, vocab_size: 384}"
-    job = job_of(small, "parallel.pipeline=4", "tokenizer.vocab_size=384", world_size=4, name="demo")
+    return job_of(small, "parallel.pipeline=4", "tokenizer.vocab_size=384", *overrides, world_size=4, name="demo")
+
+
+def test_the_bubble_is_the_textbook_s():
+    """With stages alike, (p - 1) / (m + p - 1)."""
+    job = four_stages("train.activation_checkpointing=selective")
     assert step_of(job, H200).bubble == pytest.approx(3 / (job.accumulation + 3), rel=0.02)
     uneven = dataclasses.replace(job, layers=(2, 2, 1, 3))
     assert step_of(uneven, H200).bubble > 1.5 * step_of(job, H200).bubble
+
+
+def test_it_is_smaller_where_gradients_go_back_before_those_of_weights_are_there(monkeypatch):
+    job = four_stages()
+    assert job.splits_backward
+    split = step_of(job, H200).parts
+    monkeypatch.setattr(Job, "splits_backward", False)
+    whole = step_of(job, H200).parts
+    products = split["products"] / job.accumulation
+    assert whole["bubble"] - split["bubble"] == pytest.approx(3 * products / 3)  # three stages, a third of the products
 
 
 def test_a_sequential_residual_sends_twice_as_often():

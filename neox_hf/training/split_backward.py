@@ -1,0 +1,95 @@
+"""A pipeline's backward pass in two halves: a stage sends back the gradient of what it has read, and then computes the
+gradients of its weights.
+
+The stage before waits for the first alone. When the last micro-batches go back through p stages, each stage waits for
+p - 1 first halves, where it would for whole ones. What the halves compute is the same, in the same order.
+
+Source: Qi et al., 2023, arXiv 2401.10241, which splits backward passes so; here no gradient of weights is put off past
+the next forward pass, so that no stage holds more than it did.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine as Driver
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    PipeInstruction,
+    RecvActivation,
+    SendGrad,
+    TrainSchedule,
+)
+
+
+class PostponedProducts:
+    """Additions to weights' gradients that a backward pass asks for and that are computed behind it, in their order."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._collects = False
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """In this context `take` keeps what it is given."""
+        self._collects = True
+        try:
+            yield
+        finally:
+            self._collects = False
+
+    def take(self, product: Callable[[], None]) -> None:
+        """Call `product` in `compute`, or now."""
+        if self._collects:
+            self._waiting.append(product)
+        else:
+            product()
+
+    @torch.no_grad()  # as the backward pass would have
+    def compute(self) -> None:
+        """Call all that waits; each lets go of its operands."""
+        while self._waiting:
+            self._waiting.popleft()()
+
+
+class WeightGradients(PipeInstruction):
+    """Compute what the backward pass before has postponed."""
+
+
+class SplitSchedule(TrainSchedule):
+    """DeepSpeed's 1F1B with `WeightGradients`."""
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        return with_weight_gradients(super().steps())
+
+
+def with_weight_gradients(steps: Iterable[list[PipeInstruction]]) -> Iterator[list[PipeInstruction]]:
+    """Behind each backward pass and the messages that neighbours wait for: its gradient, and, as ranks send and receive
+    in pairs, the activations that the stage before sends when it has got that gradient."""
+    due = False
+    for commands in steps:
+        found: list[PipeInstruction] = []
+        for command in commands:
+            if due and not isinstance(command, (SendGrad, RecvActivation)):
+                found.append(WeightGradients())
+                due = False
+            found.append(command)
+            due = due or isinstance(command, BackwardPass)
+        yield found
+
+
+def split_backward(driver: Driver) -> PostponedProducts:
+    """Have `driver` run its backward passes in halves; what is given to the result in the first is computed in the
+    second."""
+    postponed = PostponedProducts()
+
+    def first_half(driver: Driver, buffer_id: int) -> None:
+        with postponed.collected():
+            Driver._exec_backward_pass(driver, buffer_id)
+
+    halves = {BackwardPass: first_half, WeightGradients: lambda driver: postponed.compute()}
+    # DeepSpeed makes its engine by itself, and takes neither a class nor a schedule for it.
+    driver._INSTRUCTION_MAP = Driver._INSTRUCTION_MAP | halves
+    driver._train_schedule = lambda: SplitSchedule(driver.micro_batches, driver.num_stages, driver.stage_id)
+    return postponed
