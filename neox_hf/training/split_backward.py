@@ -66,7 +66,8 @@ class SplitSchedule(TrainSchedule):
 
 def with_weight_gradients(steps: Iterable[list[PipeInstruction]]) -> Iterator[list[PipeInstruction]]:
     """Behind each backward pass and the messages that neighbours wait for: its gradient, and, as ranks send and receive
-    in pairs, the activations that the stage before sends when it has got that gradient."""
+    in pairs, the activations that the stage before sends when it has got that gradient. No later: the next gradient is
+    received where this one lies, which postponed products read."""
     due = False
     for commands in steps:
         found: list[PipeInstruction] = []
