@@ -145,9 +145,15 @@ def _environment(world: int, card: int = 0) -> dict[str, str]:
         environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
     if world == 1:
         # One process does not drive several GPUs.
-        cards = environment.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = cards.split(",")[card] if cards else str(card)
+        environment["CUDA_VISIBLE_DEVICES"] = _only_card(card, environment.get("CUDA_VISIBLE_DEVICES"))
     return environment
+
+
+def _only_card(card: int, visible: str | None) -> str:
+    """The name of one of the devices that may be seen; on a host without any it does not matter."""
+    if torch.cuda.is_available() and card >= torch.cuda.device_count():
+        raise SystemExit(f"card={card}: this host shows {torch.cuda.device_count()} devices, counted from 0")
+    return visible.split(",")[card] if visible else str(card)
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], timeout: float) -> tuple[int, str]:

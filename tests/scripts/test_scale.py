@@ -12,6 +12,7 @@ import layout_runs
 import pytest
 import scale
 import scale_correctness
+import torch
 from layout_runs import Run, parse_layout, run_command
 from peer_runs import peer_job
 from scale_correctness import curve_checks, run_correctness, stock_checks
@@ -210,6 +211,8 @@ def test_fewer_devices_than_what_is_owed_is_for():
 
 
 def test_one_process_has_one_of_the_devices_it_may_see(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert layout_runs._environment(1)["CUDA_VISIBLE_DEVICES"] == "2"
     assert layout_runs._environment(1, card=1)["CUDA_VISIBLE_DEVICES"] == "3"
@@ -217,6 +220,8 @@ def test_one_process_has_one_of_the_devices_it_may_see(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert layout_runs._environment(1)["CUDA_VISIBLE_DEVICES"] == "0"
     assert layout_runs._environment(1, card=1)["CUDA_VISIBLE_DEVICES"] == "1"
+    with pytest.raises(SystemExit, match="card=2: this host shows 2 devices, counted from 0"):
+        layout_runs._environment(1, card=2)
 
 
 def test_the_picture(tmp_path):

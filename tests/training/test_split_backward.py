@@ -1,6 +1,5 @@
 """Backward passes of a pipeline in two halves: what is put off, until when, and that it changes no bit."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -158,7 +157,7 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("split-backward"))
 
 
-def in_halves_or_whole(rank: int, halves: bool, then: Callable | None = None) -> None:
+def in_halves_or_whole(rank: int, halves: bool) -> None:
     """Says how many products were put off; or has none be."""
     from neox_hf.training.pipeline_engine import PipelineEngine
     from neox_hf.training.split_backward import PostponedProducts
