@@ -6,7 +6,7 @@ tensors, each rank a part of what the data ranks hold together. Nothing of that 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -51,6 +51,20 @@ class Cell:
     flat: bool
 
 
+@runtime_checkable
+class PartOfMasters(Protocol):
+    """An optimizer that keeps of its fp32 masters only what the parameters lack."""
+
+    def master_of(self, parameter: Tensor) -> Tensor | None:
+        """In fp32; None before the first step."""
+
+    def take_master(self, parameter: Tensor, master: Tensor) -> None:
+        """Have `master`, fp32 on any device, be the parameter's, and the parameter what it rounds to."""
+
+    def whole_state(self, parameter: Tensor) -> dict[str, Any]:
+        """The state as if masters were kept, these on `meta`."""
+
+
 @dataclass(frozen=True)
 class Container:
     """An optimizer with its cells.
@@ -74,6 +88,22 @@ class Container:
     def device(self) -> torch.device:
         """Where the model computes, wherever its state is kept."""
         return self.cells[0].places[0].parameter.device
+
+    @property
+    def makes_masters(self) -> bool:
+        """Whether masters are made when they are asked for, by `master_of`; those in `state_of` are on `meta`."""
+        return isinstance(self.optimizer, PartOfMasters)
+
+    def state_of(self, cell: Cell) -> dict[str, Any]:
+        """What the optimizer keeps for a cell; nothing before the first step."""
+        if self.makes_masters:
+            return self.optimizer.whole_state(cell.key)
+        return self.optimizer.state.get(cell.key, {})
+
+    def master_of(self, cell: Cell) -> Tensor:
+        """Of a cell that is one parameter: made in host memory, where there is room for all of them."""
+        master = self.optimizer.master_of(cell.key)
+        return torch.empty_like(master, device="cpu").copy_(master)
 
     @property
     def kind(self) -> str:
@@ -111,7 +141,11 @@ def _torch(optimizer: Optimizer) -> Container:
     @torch.no_grad()
     def publish() -> None:
         for parameter, state in optimizer.state.items():
-            if MASTER in state:
+            if MASTER not in state:
+                continue
+            if isinstance(optimizer, PartOfMasters):
+                optimizer.take_master(parameter, state.pop(MASTER))
+            else:
                 parameter.copy_(state[MASTER])
 
     return Container(optimizer, groups, cells, publish=publish)

@@ -35,8 +35,8 @@ def is_slot(key: str, value: Any, cell: Cell) -> bool:
 
 
 def slots_of(container: Container, cell: Cell) -> dict[str, Tensor]:
-    """The tensors of a cell that go to disk, by slot; none before the first step."""
-    state = container.optimizer.state.get(cell.key, {})
+    """The tensors of a cell that go to disk, by slot; none before the first step. Masters may be on `meta`."""
+    state = container.state_of(cell)
     slots = {key: value for key, value in state.items() if is_slot(key, value, cell)}
     if slots and cell.flat and container.keeps_masters:
         slots = {MASTER: cell.key.detach(), **slots}
@@ -53,7 +53,7 @@ def describe(container: Container, names: Names, shards: Shards) -> Document:
     parameters: dict[str, Any] = {}
     for cell in container.cells:
         slots = slots_of(container, cell)
-        state = container.optimizer.state.get(cell.key, {})
+        state = container.state_of(cell)
         scalars = {key: value for key, value in state.items() if not is_slot(key, value, cell)}
         for place in cell.places:
             name = names[place.parameter]

@@ -139,13 +139,14 @@ class _Plan:
 
     def _plan_cell(self, cell: Cell) -> None:
         entries = [self._saved["parameters"][self._names[place.parameter]] for place in cell.places]
-        current = self._container.optimizer.state.get(cell.key, {})
+        current = self._container.state_of(cell)
         state: dict[str, Any] = {}
         for entry in entries:
             for slot, like in entry["slots"].items():
                 if slot not in state and not (cell.flat and slot == MASTER):
                     held = current.get(slot)
-                    state[slot] = self._new_slot(cell, like) if held is None else held
+                    made = slot == MASTER and self._container.makes_masters
+                    state[slot] = self._new_slot(cell, slot, like) if held is None or made else held
         self._check_nothing_is_lost(cell, current, state)
         for place, entry in zip(cell.places, entries, strict=True):
             for slot in entry["slots"]:
@@ -154,12 +155,14 @@ class _Plan:
             state.update(self._scalars(cell, entries))
         self._states.append((cell, state))
 
-    def _new_slot(self, cell: Cell, like: dict[str, Any]) -> Tensor:
+    def _new_slot(self, cell: Cell, slot: str, like: dict[str, Any]) -> Tensor:
         shape = like["shape"]
         on_disk = self._saved["parameters"][self._names[cell.places[0].parameter]]["shape"]
         if cell.flat or shape == on_disk:
             shape = cell.key.shape
-        return torch.empty(shape, dtype=getattr(torch, like["dtype"]), device=cell.key.device)
+        on_host = slot == MASTER and self._container.makes_masters  # until it is taken apart
+        device = "cpu" if on_host else cell.key.device
+        return torch.empty(shape, dtype=getattr(torch, like["dtype"]), device=device)
 
     def _plan_slot(self, slot: str, cell: Cell, place: Place, value: Tensor) -> None:
         name = self._names[place.parameter]

@@ -5,7 +5,8 @@
 
 `factor` is what clipping and loss scaling come to, a number on the device; so is `skip`, which leaves weights, moments
 and step counts t as they are. All arithmetic is fp32, each result rounded once. Where there is a master copy w of
-low-precision weights, those are written too. The kernel reads and writes every byte once.
+low-precision weights, those are written too; of bf16 weights it may be kept as what they are short of it
+(`split_fp32.py`). The kernel reads and writes every byte once.
 
 Source: Loshchilov and Hutter, 2019, arXiv 1711.05101; order of operations as in torch's fused AdamW.
 """
@@ -21,6 +22,7 @@ from torch.optim.adamw import adamw
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.launch_choice import LaunchChoice
+from neox_hf.kernels.split_fp32 import halves, join_fp32, joined, split_fp32
 from neox_hf.kernels.tensor_list import ELEMENT_TYPES, LARGEST_CHUNK, TensorTables, find_chunk, is_aligned
 
 BLOCK = 1024
@@ -57,8 +59,9 @@ STEP = LaunchChoice("adamw", _step_launches)
 class AdamWTensors:
     """Lists of equal length, one entry for each parameter; all of an entry but the step have the parameter's shape.
 
-    weights: what the model computes with. gradients: of any dtype. masters: fp32 copies of the weights, or None where
-    the weights are their own. exp_avgs, exp_avg_sqs: the moments m and v. steps: t, fp32 scalars on the same device.
+    weights: what the model computes with. gradients: of any dtype. masters: fp32 copies of the weights; or int16, the
+    remainders that bf16 weights are short of them; or None where the weights are their own. exp_avgs, exp_avg_sqs: the
+    moments m and v. steps: t, fp32 scalars on the same device.
     """
 
     weights: list[Tensor]
@@ -109,7 +112,8 @@ def adamw_reference(
 ) -> None:
     """torch's own fused AdamW, on copies of what has less precision than fp32 or lies in memory otherwise than its
     weight: torch reads all four of a parameter in the order of their memory, or refuses to."""
-    narrow = [tensors.weights if tensors.masters is None else tensors.masters, tensors.exp_avgs, tensors.exp_avg_sqs]
+    masters = whole_masters(tensors)
+    narrow = [tensors.weights if masters is None else masters, tensors.exp_avgs, tensors.exp_avg_sqs]
     weights = [_at_least_fp32(w) for w in narrow[0]]
     wide = [[_laid_out_as(w, _at_least_fp32(x)) for w, x in zip(weights, column, strict=True)] for column in narrow]
     gradients = [_laid_out_as(w, g.to(w.dtype)) for w, g in zip(weights, tensors.gradients, strict=True)]
@@ -135,13 +139,33 @@ def adamw_reference(
         for kept, result in zip(column, results, strict=True):
             if kept is not result:
                 kept.copy_(result)
-    if tensors.masters is not None:
-        masters = tensors.masters
-        if skip is not None:
-            masters = [torch.where(skip != 0, w, m.to(w.dtype)) for w, m in zip(tensors.weights, masters, strict=True)]
-        torch._foreach_copy_(tensors.weights, masters)
+    if masters is not None:
+        _round_to_weights(tensors, masters, skip)
     if zero_gradients:
         torch._foreach_zero_(tensors.gradients)
+
+
+def _are_remainders(masters: list[Tensor]) -> bool:
+    return bool(masters) and masters[0].dtype == torch.int16
+
+
+def whole_masters(tensors: AdamWTensors) -> list[Tensor] | None:
+    """In fp32: those that are kept, or made of both halves."""
+    masters = tensors.masters
+    if masters is None or not _are_remainders(masters):
+        return masters
+    return [join_fp32(high, remainder) for high, remainder in zip(tensors.weights, masters, strict=True)]
+
+
+def _round_to_weights(tensors: AdamWTensors, masters: list[Tensor], skip: Tensor | None) -> None:
+    """Have the weights, and remainders where they are kept, be what `masters` are; no write where `skip` is set."""
+    kept, results = tensors.weights, [m.to(w.dtype) for w, m in zip(tensors.weights, masters, strict=True)]
+    if _are_remainders(tensors.masters):
+        highs, remainders = zip(*map(split_fp32, masters), strict=True)
+        kept, results = [*tensors.weights, *tensors.masters], [*highs, *remainders]
+    if skip is not None:
+        results = [torch.where(skip != 0, old, new) for old, new in zip(kept, results, strict=True)]
+    torch._foreach_copy_(kept, results)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -183,11 +207,14 @@ def _begin_step_kernel(
 def _update(
     weight, gradient, exp_avg, exp_avg_sq, master, mask,
     factor, rate, root, decay, beta1_rest, beta2, beta2_rest, eps,
-    HAS_MASTER: tl.constexpr, ZERO: tl.constexpr,
+    HAS_MASTER: tl.constexpr, SPLIT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """One block of elements, whose pointers are given."""
     own = master if HAS_MASTER else weight
-    w = tl.load(own, mask=mask).to(tl.float32)
+    if SPLIT:
+        w = joined(tl.load(weight, mask=mask), tl.load(master, mask=mask))
+    else:
+        w = tl.load(own, mask=mask).to(tl.float32)
     g = tl.load(gradient, mask=mask).to(tl.float32) * factor
     m = tl.load(exp_avg, mask=mask).to(tl.float32)
     v = tl.load(exp_avg_sq, mask=mask).to(tl.float32)
@@ -195,11 +222,16 @@ def _update(
     v = v * beta2 + g * g * beta2_rest
     w -= w * decay
     w -= tl.div_rn(rate * m, tl.sqrt_rn(v) * root + eps)
-    tl.store(own, w.to(own.dtype.element_ty), mask=mask)
+    if SPLIT:
+        high, remainder = halves(w)
+        tl.store(weight, high, mask=mask)
+        tl.store(master, remainder, mask=mask)
+    else:
+        tl.store(own, w.to(own.dtype.element_ty), mask=mask)
+        if HAS_MASTER:
+            tl.store(weight, w.to(weight.dtype.element_ty), mask=mask)
     tl.store(exp_avg, m.to(exp_avg.dtype.element_ty), mask=mask)
     tl.store(exp_avg_sq, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
-    if HAS_MASTER:
-        tl.store(weight, w.to(weight.dtype.element_ty), mask=mask)
     if ZERO:
         tl.store(gradient, tl.zeros(gradient.shape, gradient.dtype.element_ty), mask=mask)
 
@@ -208,8 +240,8 @@ def _update(
 def _adamw_kernel(
     addresses, owners, first_chunks, numels, scalars, factor, skip, beta1_rest, beta2, beta2_rest, eps,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
-    HAS_MASTER: tl.constexpr, ZERO: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    MASTER: tl.constexpr, HAS_MASTER: tl.constexpr, SPLIT: tl.constexpr, ZERO: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row, start, length = find_chunk(owners, first_chunks, numels, CHUNK)
     addresses += row * COLUMNS
@@ -220,7 +252,7 @@ def _adamw_kernel(
     gradient = at_gradient.to(tl.pointer_type(GRADIENT)) + start
     exp_avg = at_exp_avg.to(tl.pointer_type(EXP_AVG)) + start
     exp_avg_sq = at_exp_avg_sq.to(tl.pointer_type(EXP_AVG_SQ)) + start
-    master = at_master.to(tl.pointer_type(tl.float32)) + start
+    master = at_master.to(tl.pointer_type(MASTER)) + start
     rate, root, decay = tl.load(scalars + row * 3), tl.load(scalars + row * 3 + 1), tl.load(scalars + row * 3 + 2)
     scale = 1.0 if factor is None else tl.load(factor)
 
@@ -234,14 +266,14 @@ def _adamw_kernel(
             tl.multiple_of(gradient, VECTOR * GRADIENT.primitive_bitwidth // 8) + (at + columns),
             tl.multiple_of(exp_avg, VECTOR * EXP_AVG.primitive_bitwidth // 8) + (at + columns),
             tl.multiple_of(exp_avg_sq, VECTOR * EXP_AVG_SQ.primitive_bitwidth // 8) + (at + columns),
-            tl.multiple_of(master, 16) + (at + columns),
-            None, scale, rate, root, decay, beta1_rest, beta2, beta2_rest, eps, HAS_MASTER, ZERO,
+            tl.multiple_of(master, VECTOR * MASTER.primitive_bitwidth // 8) + (at + columns),
+            None, scale, rate, root, decay, beta1_rest, beta2, beta2_rest, eps, HAS_MASTER, SPLIT, ZERO,
         )  # fmt: skip
     for at in range(whole, live, BLOCK):
         _update(
             weight + at + columns, gradient + at + columns, exp_avg + at + columns, exp_avg_sq + at + columns,
             master + at + columns, at + columns < live,
-            scale, rate, root, decay, beta1_rest, beta2, beta2_rest, eps, HAS_MASTER, ZERO,
+            scale, rate, root, decay, beta1_rest, beta2, beta2_rest, eps, HAS_MASTER, SPLIT, ZERO,
         )  # fmt: skip
     if ZERO:
         for at in range(live, length, BLOCK):
@@ -259,17 +291,21 @@ def adamw_triton(
     copies = [g.contiguous() for g in tensors.gradients]
     columns = tensors.columns
     columns[1] = copies
-    launch = STEP.chosen(columns[0][0].device, columns[0][0].dtype, _bytes_moved(columns))
+    split = tensors.masters is not None and _are_remainders(tensors.masters)
+    launch = STEP.chosen(columns[0][0].device, columns[0][0].dtype, _bytes_moved(columns, split))
     table = tables.table(columns, launch.chunk)
     skip = skip.view(torch.uint8) if skip is not None and skip.dtype == torch.bool else skip
     scalars = _begin_step(table.addresses, rates, skip)
     layout = table.layout
     if layout.chunks:
         types = [ELEMENT_TYPES[column[0].dtype] for column in columns]
+        if split:
+            types[0] = types[-1]  # halves of one number, of which neither is one
         _adamw_kernel[(layout.chunks,)](
             table.addresses, layout.owners, layout.first_chunks, layout.numels, scalars, factor, skip,
             1 - rates.beta1, float(rates.beta2), 1 - rates.beta2, float(rates.eps), *types[:4],
-            HAS_MASTER=tensors.masters is not None, ZERO=zero_gradients, COLUMNS=len(columns), CHUNK=layout.chunk,
+            MASTER=types[0] if tensors.masters is None else types[-1], HAS_MASTER=tensors.masters is not None,
+            SPLIT=split, ZERO=zero_gradients, COLUMNS=len(columns), CHUNK=layout.chunk,
             VECTOR=16 // max(column[0].itemsize for column in columns if column is not tensors.steps),
             BLOCK=launch.block, num_warps=launch.warps,
         )  # fmt: skip
@@ -279,10 +315,11 @@ def adamw_triton(
                 gradient.zero_()
 
 
-def _bytes_moved(columns: list[list[Tensor]]) -> int:
+def _bytes_moved(columns: list[list[Tensor]], split: bool) -> int:
     """Read and written for one element."""
     weights, gradients, *states = [column[0].itemsize for place, column in enumerate(columns) if place != 4]  # no steps
-    return (1 if len(states) > 2 else 2) * weights + gradients + 2 * sum(states)
+    only_written = len(states) > 2 and not split
+    return (1 if only_written else 2) * weights + gradients + 2 * sum(states)
 
 
 def _begin_step(addresses: Tensor, rates: AdamWRates, skip: Tensor | None) -> Tensor:

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from neox_hf.kernels.language import tl, triton
 
-ELEMENT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ELEMENT_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int16: tl.int16,
+}
 """What a kernel reads an address as."""
 
 LARGEST_CHUNK = 65536

@@ -106,6 +106,12 @@ class Job:
         return self.precision.master and not self.precision.scaled and self.zero_stage < 2 and not self.offloads
 
     @property
+    def has_halved_masters(self) -> bool:
+        """Whether bf16 weights are half of their masters: where our own optimizer keeps the other half."""
+        whole = self.topology.splits_model or self.zero_stage > 0 or self.offloads
+        return self.precision.master and not self.precision.scaled and not whole
+
+    @property
     def splits_backward(self) -> bool:
         """Whether stages send their gradients back before they compute those of weights (`training.split_backward`)."""
         return self.steps_at_once and self.topology.pipeline > 1 == self.topology.tensor and self.recompute == "none"

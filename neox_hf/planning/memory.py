@@ -77,7 +77,9 @@ def _bytes_between_steps(job: Job, stage: int) -> tuple[float, float, float]:
     if precision.autocast:
         weights += job.product_bytes * job.matrices(stage)  # autocast remembers what it has cast
     gradients = job.gradient_bytes * parameters / (replicas if job.zero_stage >= 2 else 1)
-    state = 12 if precision.master else 2 * precision.weights.itemsize
+    state = 2 * precision.weights.itemsize
+    if precision.master:
+        state = 10 if job.has_halved_masters else 12
     optimizer = 0 if job.offloads else state * parameters / (replicas if job.zero_stage >= 1 else 1)
     return weights, gradients, optimizer
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neox_hf.checkpoint.optimizer_containers import MASTER
 from neox_hf.kernels import (
     ADAMW,
     AdamWRates,
@@ -15,6 +16,9 @@ from neox_hf.kernels import (
     clip_coefficient,
     gradient_norm,
 )
+
+REMAINDER = "remainder"
+"""Of a state: what a bf16 weight is short of its fp32 master (`kernels/split_fp32.py`)."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -28,6 +32,7 @@ class AdamW(torch.optim.AdamW):
     skip: a scalar on the device; where it is not 0, a step changes nothing. None: never.
     zeroes_gradients: each step leaves zeros in the gradients, in the same pass over memory.
     copies: of every parameter, in low precision, which each step writes, too; None: there are none.
+    keeps_masters: of a class, whether its states have a master of each parameter, whole or in part, and fp32 moments.
 
     Args:
         lr: a tensor on the device is read there, as a CUDA graph needs it.
@@ -42,6 +47,7 @@ class AdamW(torch.optim.AdamW):
     zeroes_gradients: bool = False
     copies: Mapping[Tensor, Tensor] | None = None
     kernels: str = "auto"
+    keeps_masters: bool = False
 
     def __init__(
         self,
@@ -108,8 +114,8 @@ class AdamW(torch.optim.AdamW):
         weights, masters = parameters, None
         if self.copies is not None:
             weights, masters = [self.copies[p] for p in parameters], parameters
-        elif "master" in states[0]:
-            masters = [state["master"] for state in states]
+        elif self.keeps_masters:
+            masters = [state.get(REMAINDER, state.get(MASTER)) for state in states]
         return AdamWTensors(
             weights=weights,
             gradients=[p.grad for p in parameters],
@@ -128,9 +134,10 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        dtype = torch.float32 if self.keeps_masters else parameter.dtype
         return {
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+            "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+            "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         }
 

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neox_hf.checkpoint.optimizer_containers import MASTER
 from neox_hf.errors import RecipeError
+from neox_hf.kernels.split_fp32 import join_fp32, split_fp32
 from neox_hf.training.arguments import NeoXTrainingArguments
-from neox_hf.training.fused_adamw import FusedAdamW
+from neox_hf.training.fused_adamw import REMAINDER, FusedAdamW
 
 FUSED = "adamw_torch_fused"
 WITH_MASTER_WEIGHTS = (FUSED, "adamw_torch")
@@ -18,14 +20,41 @@ WITH_MASTER_WEIGHTS = (FUSED, "adamw_torch")
 class MasterAdamW(FusedAdamW):
     """AdamW whose arithmetic, master weights and moments are fp32, over weights of any dtype.
 
-    Gradients may be fp32 (see `parallel.data_parallel.accumulate_gradients_in_fp32`) or of the parameter's dtype.
-    `state[p]` holds `master`, `exp_avg`, `exp_avg_sq` (fp32, the parameter's shape) and `step` (fp32 scalar). The
-    weights are what the masters round to.
+    Gradients may be fp32 (see `parallel.data_parallel.accumulate_gradients_in_fp32`) or of the parameter's dtype. The
+    weights are what the masters round to. `state[p]` holds `exp_avg`, `exp_avg_sq` (fp32, the parameter's shape) and
+    `step` (fp32 scalar); of a bf16 parameter `remainder` (int16), what it is short of its master; of another `master`
+    (fp32) itself.
     """
 
+    keeps_masters = True
+
+    def master_of(self, parameter: Tensor) -> Tensor | None:
+        """In fp32; made anew where only a remainder is kept. None before the first step."""
+        state = self.state.get(parameter, {})
+        if REMAINDER in state:
+            return join_fp32(parameter.detach(), state[REMAINDER])
+        return state.get(MASTER)
+
+    @torch.no_grad()
+    def take_master(self, parameter: Tensor, master: Tensor) -> None:
+        """Have `master`, fp32 on any device, be the parameter's master, and the parameter what it rounds to."""
+        master = master.to(parameter.device, torch.float32)
+        weight, kept = split_fp32(master) if _is_half_of_master(parameter) else (master, master.clone())
+        parameter.copy_(weight)
+        self.state[parameter][REMAINDER if _is_half_of_master(parameter) else MASTER] = kept
+
+    def whole_state(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter's state with a master on `meta` in place of a remainder."""
+        state = dict(self.state.get(parameter, {}))
+        if state.pop(REMAINDER, None) is not None or MASTER in state:
+            state[MASTER] = torch.empty_like(parameter, dtype=torch.float32, device="meta")
+        return state
+
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        master = parameter.detach().to(torch.float32, copy=True)
-        return {"master": master, **super()._new_state(master)}
+        weight = parameter.detach()
+        if _is_half_of_master(parameter):
+            return {REMAINDER: torch.zeros_like(weight, dtype=torch.int16), **super()._new_state(weight)}
+        return {MASTER: weight.to(torch.float32, copy=True), **super()._new_state(weight)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -35,6 +64,11 @@ class MasterAdamW(FusedAdamW):
         for key, parameter in zip(keys, parameters, strict=True):
             for slot, value in state_dict["state"].get(key, {}).items():
                 self.state[parameter][slot] = value.to(parameter.device, copy=True)
+
+
+def _is_half_of_master(parameter: Tensor) -> bool:
+    """Whether its master is it and a remainder."""
+    return parameter.dtype == torch.bfloat16
 
 
 def optimizer_class(

@@ -8,6 +8,7 @@ from torch import Tensor
 from neox_hf.kernels import AdamWRates, AdamWTensors, TensorTables, adamw_, gradient_square_sum
 from neox_hf.kernels.chunked_losses import KERNEL_BYTES_AT_ONCE, default_chunk
 from neox_hf.kernels.softmax_rows import losses_and_gradient_
+from neox_hf.kernels.split_fp32 import split_fp32
 from neox_hf.tuning.inputs import Random
 from neox_hf.tuning.sizes import Sizes
 from neox_hf.tuning.work import Call, Work
@@ -39,7 +40,7 @@ def optimizer_work(s: Sizes) -> Iterator[Work]:
 
         def call() -> tuple[Tensor, ...]:
             adamw_(tensors, RATES, tables=tables, backend="triton")
-            return *tensors.weights, *(tensors.masters or ()), *tensors.exp_avgs, *tensors.exp_avg_sqs
+            return *tensors.weights, *tensors.exp_avgs, *tensors.exp_avg_sqs
 
         return call
 
@@ -52,11 +53,13 @@ def optimizer_work(s: Sizes) -> Iterator[Work]:
 
 
 def _optimizer_tensors(draw: Callable[..., list[Tensor]], s: Sizes, wide: torch.dtype) -> AdamWTensors:
-    own = draw(wide, 0.02)
+    own, remainders = draw(wide, 0.02), None
+    if s.master:
+        own, remainders = map(list, zip(*map(split_fp32, own), strict=True))
     return AdamWTensors(
-        weights=[weight.to(s.stream) for weight in own] if s.master else own,
+        weights=own,
         gradients=draw(s.gradient),
-        masters=own if s.master else None,
+        masters=remainders,
         exp_avgs=draw(wide, 0.1),
         exp_avg_sqs=[values.abs_() for values in draw(wide, 0.1)],
         steps=[torch.zeros((), device=weight.device) for weight in own],

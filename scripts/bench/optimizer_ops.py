@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_hf.kernels import AdamWRates, AdamWTensors, TensorTables, adamw_, clip_coefficient, gradient_norm
+from neox_hf.kernels.split_fp32 import split_fp32
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from scripts.bench.floors import Work
@@ -16,8 +17,9 @@ RATES = AdamWRates(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 # Bytes of each parameter, and what is owed for Pythia-1.4B.
 NARROW, WIDE, CLIP_NARROW, CLIP_WIDE = "AdamW, bf16", "AdamW, fp32 master", "gradient norm, bf16", "gradient norm, fp32"
+BESIDE = "AdamW, fp32 master beside the weight"
 CAST = "cast fp32 masters to bf16"
-BYTES = {NARROW: 14, WIDE: 28, CLIP_NARROW: 2, CLIP_WIDE: 4, CAST: 0}
+BYTES = {NARROW: 14, WIDE: 28, BESIDE: 30, CLIP_NARROW: 2, CLIP_WIDE: 4, CAST: 0}
 TARGETS = {NARROW: 5.2, WIDE: 10.0, CLIP_NARROW: 0.8, CLIP_WIDE: 1.5}
 
 
@@ -27,7 +29,7 @@ def parameter_shapes(config: GPTNeoXConfig) -> list[torch.Size]:
 
 
 class State:
-    """Weights, gradients and moments of one dtype; with masters, weights are bf16 beside them.
+    """Weights, gradients and moments of one dtype; with masters, weights are bf16, and half of these or beside them.
 
     step: torch's fused AdamW or ours, over the same tensors.
     """
@@ -51,16 +53,21 @@ class State:
             self.weights, RATES.lr, (RATES.beta1, RATES.beta2), RATES.eps, RATES.weight_decay, fused=True
         )
 
-    def own(self, *, narrow_copy: bool) -> AdamWTensors:
-        """narrow_copy: bf16 weights are written beside."""
-        weights = [weight.detach() for weight in self.weights]
+    def own(self, step: str) -> AdamWTensors:
+        """step: `WIDE` is as our optimizer keeps masters, in two halves; `BESIDE` as DeepSpeed's does."""
+        own = [weight.detach() for weight in self.weights]
+        weights, masters = own, None
+        if step == WIDE:
+            weights, masters = map(list, zip(*map(split_fp32, own), strict=True))
+        elif step == BESIDE:
+            weights, masters = [weight.bfloat16() for weight in own], own
         return AdamWTensors(
-            weights=[weight.bfloat16() for weight in weights] if narrow_copy else weights,
+            weights=weights,
             gradients=self.gradients,
-            masters=weights if narrow_copy else None,
-            exp_avgs=[torch.zeros_like(x) for x in weights],
-            exp_avg_sqs=[torch.zeros_like(x) for x in weights],
-            steps=[torch.zeros((), device=x.device) for x in weights],
+            masters=masters,
+            exp_avgs=[torch.zeros_like(x) for x in own],
+            exp_avg_sqs=[torch.zeros_like(x) for x in own],
+            steps=[torch.zeros((), device=x.device) for x in own],
         )
 
     def own_step(self, tensors: AdamWTensors) -> Callable[[], None]:
@@ -83,7 +90,7 @@ def check_adamw(shapes: Sequence[torch.Size], device: torch.device, dtype: torch
         optimizer = state.stock()
         optimizer.step()
         optimizer.step()
-    tensors = ours.own(narrow_copy=False)
+    tensors = ours.own(NARROW)
     for _ in range(2):
         ours.own_step(tensors)()
     exact = tuple(weight.detach() for weight in truth.weights)
@@ -101,14 +108,14 @@ def time_optimizer(shapes: Sequence[torch.Size], device: torch.device, backend: 
     """A row for each op and implementation. Not captured: torch's fused step counts on the host."""
     for dtype, step, clip in ((torch.bfloat16, NARROW, CLIP_NARROW), (torch.float32, WIDE, CLIP_WIDE)):
         state = State(shapes, dtype, device, backend)
-        narrow_copy = dtype == torch.float32
-        yield timed(step, "ours", state.own_step(state.own(narrow_copy=narrow_copy)))
-        clear(device)
+        for form in (step, BESIDE) if step == WIDE else (step,):
+            yield timed(form, "ours", state.own_step(state.own(form)))
+            clear(device)
         yield timed(clip, "ours", state.own_clip)
         yield timed(clip, "torch", lambda held=state: nn.utils.clip_grad_norm_(held.weights, 1.0))
         yield timed(step, "torch", state.stock().step)
         clear(device)
-        if narrow_copy:
+        if step == WIDE:
             copies = [weight.detach().bfloat16() for weight in state.weights]
             yield timed(CAST, "torch", lambda c=copies, held=state: cast(c, held.weights))
         del state

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from neox_hf.kernels import AdamWRates, AdamWTensors, TensorTables, adamw_
+from neox_hf.kernels.adamw import whole_masters
+from neox_hf.kernels.split_fp32 import split_fp32
 
 DEVICES = [*([] if torch.cuda.is_available() else ["cpu"]), pytest.param("cuda", marks=pytest.mark.gpu)]
 """Kernels are interpreted on the CPU only where there is no CUDA."""
@@ -19,18 +21,20 @@ RATES = AdamWRates(lr=3e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 
 @dataclass(frozen=True)
 class Kind:
-    """Dtypes of weights, gradients and moments; masters are fp32."""
+    """Dtypes of weights, gradients and moments; masters are fp32, or remainders where they are `split`."""
 
     weights: torch.dtype
     gradients: torch.dtype
     moments: torch.dtype
     masters: bool
+    split: bool = False
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = {
     "fp32": Kind(F32, F32, F32, masters=False),
     "bf16": Kind(BF16, F32, F32, masters=True),
+    "remainders": Kind(BF16, F32, F32, masters=True, split=True),
     "bf16 gradients": Kind(BF16, BF16, F32, masters=True),
     "fp16": Kind(F16, F16, F32, masters=True),
     "pure_bf16": Kind(BF16, BF16, BF16, masters=False),
@@ -45,8 +49,11 @@ def tensors_of(kind: Kind, device: str, shapes=SHAPES) -> AdamWTensors:
         return [(torch.randn(shape, generator=generator) * scale).to(device, dtype) for shape in shapes]
 
     masters = draw(F32) if kind.masters else None
+    weights = [m.to(kind.weights) for m in masters] if kind.masters else draw(kind.weights)
+    if kind.split:
+        masters = [split_fp32(m)[1] for m in masters]
     return AdamWTensors(
-        weights=[m.to(kind.weights) for m in masters] if kind.masters else draw(kind.weights),
+        weights=weights,
         gradients=draw(kind.gradients),
         masters=masters,
         exp_avgs=draw(kind.moments, 0.1),
@@ -68,10 +75,16 @@ def pairs(a: AdamWTensors, b: AdamWTensors) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(one, other, strict=True)
 
 
+def whole(tensors: AdamWTensors) -> AdamWTensors:
+    """With masters put together."""
+    return AdamWTensors(**{**vars(tensors), "masters": whole_masters(tensors)})
+
+
 def truth(tensors: AdamWTensors, rates: AdamWRates, factor: float = 1.0) -> AdamWTensors:
     """The equation, written out in fp64."""
     results: dict[str, list[Tensor]] = {"w": [], "m": [], "v": []}
-    own = tensors.weights if tensors.masters is None else tensors.masters
+    masters = whole_masters(tensors)
+    own = tensors.weights if masters is None else masters
     for w, g, m, v, step in zip(
         own, tensors.gradients, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps, strict=True
     ):
@@ -83,7 +96,7 @@ def truth(tensors: AdamWTensors, rates: AdamWRates, factor: float = 1.0) -> Adam
         results["w"].append(w - rates.lr * hats[0] / (hats[1].sqrt() + rates.eps))
         results["m"].append(m)
         results["v"].append(v)
-    masters = None if tensors.masters is None else results["w"]
+    masters = None if masters is None else results["w"]
     steps = [step + 1 for step in tensors.steps]
     return AdamWTensors(results["w"], tensors.gradients, masters, results["m"], results["v"], steps)
 
@@ -100,7 +113,7 @@ def test_a_step_is_the_equation(backend, kind, device):
     tensors = tensors_of(KINDS[kind], device)
     expected = truth(tensors, RATES, factor=0.25)
     adamw_(tensors, RATES, factor=torch.tensor(0.25, device=device), backend=backend)
-    for ours, exact in pairs(tensors, expected):
+    for ours, exact in pairs(whole(tensors), expected):
         allowed = (rounding(ours.dtype, device) * 1.01 + 3e-7) * exact.double().abs() + 1e-7
         assert ((ours.double() - exact.double()).abs() <= allowed).all(), f"{ours.dtype} {tuple(ours.shape)}"
 
@@ -112,14 +125,14 @@ def test_no_further_from_the_truth_than_torch(kind):
     torchs, exact = copied(tensors), truth(tensors, RATES)
     adamw_(tensors, RATES, backend="triton")
     adamw_(torchs, RATES, backend="torch")
-    for (ours, right), (theirs, _) in zip(pairs(tensors, exact), pairs(torchs, exact), strict=True):
+    for (ours, right), (theirs, _) in zip(pairs(whole(tensors), exact), pairs(whole(torchs), exact), strict=True):
         errors = [(x.double() - right.double()).abs() for x in (ours, theirs)]
         assert errors[0].max() <= 1.05 * errors[1].max() + 2e-7 * right.double().abs().max()
         assert errors[0].mean() <= 1.05 * errors[1].mean() + 1e-8
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["bf16", "pure_bf16"])
+@pytest.mark.parametrize("kind", ["bf16", "remainders", "pure_bf16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flag", [True, 1.0])
 def test_a_skipped_step_writes_nothing(flag, backend, kind, device):
@@ -142,6 +155,19 @@ def test_a_flag_that_is_not_set_changes_nothing(flag, device):
     adamw_(tensors, RATES, skip=torch.tensor(flag, device=device), backend="triton")
     adamw_(plain, RATES, factor=torch.tensor(1.0, device=device), backend="triton")
     assert same_bits(tensors, plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_remainders_are_the_same_masters(backend, device):
+    """Bit for bit, over several steps, and the same weights."""
+    kept, halved = (tensors_of(KINDS[kind], device) for kind in ("bf16", "remainders"))
+    for _ in range(3):
+        for tensors in (kept, halved):
+            adamw_(tensors, RATES, backend=backend)
+    assert all(torch.equal(m, n) for m, n in zip(kept.masters, whole_masters(halved), strict=True))
+    rounded = [m.bfloat16() for m in kept.masters]
+    assert all(torch.equal(w, r) for w, r in zip(halved.weights, rounded, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -184,7 +210,7 @@ def test_a_rate_may_be_a_tensor(home, backend, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["bf16", "pure_bf16"])
+@pytest.mark.parametrize("kind", ["bf16", "remainders", "pure_bf16"])
 def test_views_that_are_not_aligned_and_what_lies_around_them(kind, device):
     whole = tensors_of(KINDS[kind], device, [(9001,)])
     parts = AdamWTensors(*[c and [c[0].clone()] for c in vars(whole).values()])

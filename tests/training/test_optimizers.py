@@ -32,8 +32,46 @@ def test_masters_follow_torch_adamw_in_fp32(fused):
         low.grad, full.grad = gradient.bfloat16(), gradient.bfloat16().float()
         ours.step()
         torchs.step()
-    torch.testing.assert_close(ours.state[low]["master"], full.detach(), rtol=1e-6, atol=1e-7)
-    assert torch.equal(low, ours.state[low]["master"].bfloat16())
+    torch.testing.assert_close(ours.master_of(low), full.detach(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(low, ours.master_of(low).bfloat16())
+
+
+def test_a_master_is_kept_as_what_the_weight_is_short_of():
+    """16 bits for each element of a bf16 parameter; whole where the parameter is no half of it."""
+    bf16, fp16 = (torch.nn.Parameter(torch.randn(9).to(dtype)) for dtype in (torch.bfloat16, torch.float16))
+    optimizer = MasterAdamW([bf16, fp16], **HYPER)
+    assert optimizer.master_of(bf16) is None
+    draw_gradients([bf16, fp16], 0)
+    optimizer.step()
+    assert optimizer.state[bf16].keys() == {"remainder", "exp_avg", "exp_avg_sq", "step"}
+    assert optimizer.state[bf16]["remainder"].dtype == torch.int16
+    assert optimizer.state[fp16].keys() == {"master", "exp_avg", "exp_avg_sq", "step"}
+    for parameter in (bf16, fp16):
+        master = optimizer.master_of(parameter)
+        assert master.dtype == torch.float32
+        assert not torch.equal(master, parameter.float())
+        assert torch.equal(master.to(parameter.dtype), parameter)
+
+
+def test_a_state_with_whole_masters_goes_on_with_them():
+    """As versions before 2026-11-29 have made them."""
+    ours = parameters_of(torch.bfloat16)
+    optimizer = MasterAdamW(ours, **HYPER)
+    draw_gradients(ours, 0)
+    optimizer.step()
+    expected = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    whole = copy.deepcopy(optimizer.state_dict())
+    for number, p in enumerate(ours):
+        whole["state"][number]["master"] = optimizer.master_of(p)
+        del whole["state"][number]["remainder"]
+    other = MasterAdamW(expected, **HYPER)
+    other.load_state_dict(whole)
+    for parameters, taking in ((ours, optimizer), (expected, other)):
+        draw_gradients(parameters, 1)
+        taking.step()
+    for p, q in zip(ours, expected, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizer.master_of(p), other.master_of(q))
 
 
 def test_updates_below_bf16_resolution_add_up():
