@@ -1,5 +1,6 @@
-"""Messages by copies between two devices."""
+"""Messages by copies between two devices; or, on a host with one, between two processes that share it."""
 
+import os
 from multiprocessing import get_context
 
 import pytest
@@ -9,16 +10,27 @@ import torch.distributed as dist
 from neox_hf.parallel.exchange import Exchange
 from tests.gloo import run_ranks
 
-pytestmark = pytest.mark.multigpu
+pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
+
+SHARED_DEVICE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+"""torch's variable: two ranks may have their memory on one device."""
 
 ELEMENTS = 2**21
 """bf16, 4 MiB."""
 
 
 def device_of(rank):
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def exchange_in(group):
+    """It would leave one device for both to NCCL, which refuses that."""
+    if torch.cuda.device_count() > 1:
+        return Exchange(group)
+    os.environ[SHARED_DEVICE] = "1"
+    return Exchange(group, near=lambda group, device: True)
 
 
 def summand(rank, number, device):
@@ -32,7 +44,7 @@ def whole(number, device):
 
 def many_at_once(rank, of_all):
     device = device_of(rank)
-    link = Exchange(None if of_all else dist.new_group([0, 1]))
+    link = exchange_in(None if of_all else dist.new_group([0, 1]))
     alike = []
     for number in range(0, 40, 4):
         if rank == number % 3:
@@ -54,7 +66,7 @@ def in_a_graph(rank):
     """A graph with messages behind products, replayed with other numbers, between messages outside; a small tensor
     travels with the second."""
     device = device_of(rank)
-    link = Exchange(dist.group.WORLD)
+    link = exchange_in(dist.group.WORLD)
     tensors = [summand(rank, number, device) for number in range(2)]
     small = torch.ones(5, device=device)
     matrix = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)

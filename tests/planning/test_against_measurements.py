@@ -1,11 +1,11 @@
 """The planner beside what was measured on H200s: memory within 10 %, tokens/s within 12 %.
 
 Sources: docs/measurements (step_h200, main_job_h200, layouts_h200_x2, scale_h200_x4) and runs of
-`scripts/bench_layouts.py` of 2026-11-22 to 28. One model, micro-batch and number of micro-batches a line; 2048 tokens
+`scripts/bench_layouts.py` of 2026-11-22 to 29. One model, micro-batch and number of micro-batches a line; 2048 tokens
 a sample.
 
-6.9B in bf16 without recomputation did not fit into 139.8 GiB at 16 micro-batches a step, where it is planned at 145.7;
-with one, whose gradients come as activations go, it is planned at 120.8, which nobody has run.
+1.4B in fp8, and in bf16 at micro-batch 4, were measured before 2026-11-29, with whole masters beside the weights: less
+two bytes a parameter here.
 """
 
 from pathlib import Path
@@ -38,13 +38,14 @@ BACKEND, ZERO_1 = "parallel.messages=backend", "parallel.zero_stage=1"
 
 # GiB allocated at the peak of the fullest rank. Where CUDA graphs' pools hold some, with tensor=2, what is held in all:
 # of 1.4B 14.1 allocated and 6.5 in pools.
+HALF_MASTERS = 2 * 1.4146 / 1.0737
 PEAKS = [
-    (42.0, "1.4b", 8, 1, 1, MASTERS),
+    (39.4, "1.4b", 8, 1, 1, MASTERS),
     (31.4, "1.4b", 8, 1, 1, PURE),
     (22.5, "1.4b", 8, 1, 1, PURE, SELECTIVE),
-    (37.9, "1.4b", 8, 1, 1, FP8),
-    (35.9, "1.4b", 4, 16, 1, MASTERS),
-    (35.9, "1.4b", 4, 8, 2, MASTERS),
+    (37.9 - HALF_MASTERS, "1.4b", 8, 1, 1, FP8),
+    (35.9 - HALF_MASTERS, "1.4b", 4, 16, 1, MASTERS),
+    (35.9 - HALF_MASTERS, "1.4b", 4, 8, 2, MASTERS),
     (25.2, "1.4b", 4, 16, 2, MASTERS, PIPELINE),
     (14.1 + 6.5, "1.4b", 4, 16, 2, MASTERS, TENSOR),
     (18.7, "160m", 32, 1, 1, PURE),
@@ -52,7 +53,9 @@ PEAKS = [
     (25.6, "410m", 16, 1, 1, PURE),
     (69.8, "6.9b", 4, 1, 1, PURE),
     (57.8, "6.9b", 4, 1, 1, PURE, SELECTIVE),
-    (115.5, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
+    (102.7, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
+    (108.4, "6.9b", 4, 1, 1, MASTERS),
+    (133.6, "6.9b", 4, 8, 1, MASTERS),
     (88.9, "6.9b", 4, 8, 4, MASTERS, ZERO_1),
     (60.3, "6.9b", 4, 16, 4, MASTERS, TENSOR),
     (51.5, "6.9b", 4, 32, 4, MASTERS, TENSOR, PIPELINE),
@@ -60,8 +63,8 @@ PEAKS = [
 
 # The least and the most tokens/s of several runs.
 RATES = [
-    (65_500, 69_200, "1.4b", 8, 1, 1, PURE),
-    (63_900, 67_200, "1.4b", 8, 1, 1, MASTERS),
+    (65_500, 70_300, "1.4b", 8, 1, 1, PURE),
+    (63_900, 68_450, "1.4b", 8, 1, 1, MASTERS),
     (70_050, 71_150, "1.4b", 8, 4, 1, MASTERS),
     (137_600, 139_200, "1.4b", 8, 4, 2, MASTERS),
     (138_100, 138_100, "1.4b", 8, 4, 2, MASTERS, ZERO_1),
@@ -75,7 +78,10 @@ RATES = [
     (520_000, 557_800, "160m", 32, 1, 1, PURE),
     (194_000, 207_700, "410m", 16, 1, 1, PURE),
     (14_100, 14_650, "6.9b", 4, 1, 1, PURE),
-    (13_300, 13_800, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
+    (13_300, 14_100, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
+    (14_150, 14_150, "6.9b", 4, 1, 1, MASTERS),
+    (15_200, 15_200, "6.9b", 4, 8, 1, MASTERS),
+    (15_500, 15_500, "6.9b", 4, 16, 1, MASTERS),
     (26_750, 26_750, "6.9b", 4, 16, 2, MASTERS, TENSOR, BACKEND),
     (14_500, 15_150, "6.9b", 4, 16, 1, MASTERS, SELECTIVE),
     (26_300, 26_650, "6.9b", 4, 16, 2, MASTERS, SELECTIVE, TENSOR, BACKEND),
@@ -108,11 +114,11 @@ def test_tokens_per_second(line):
 
 
 def test_what_fits_one_device_and_what_does_not():
-    assert planned("6.9b", 4, 1, 1, MASTERS, SELECTIVE).fits
-    assert not planned("6.9b", 4, 16, 1, MASTERS).fits
+    assert planned("6.9b", 4, 16, 1, MASTERS).fits
+    assert not planned("6.9b", 8, 16, 1, MASTERS).fits
 
 
 def test_what_is_tight_is_said():
-    selective = planned("6.9b", 4, 2, 1, MASTERS, SELECTIVE)
-    assert selective.fits
-    assert "that is tight" in str(selective)
+    close = planned("6.9b", 4, 16, 1, MASTERS)
+    assert close.fits
+    assert "that is tight" in str(close)
