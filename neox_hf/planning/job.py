@@ -102,14 +102,8 @@ class Job:
 
     @property
     def steps_at_once(self) -> bool:
-        """Whether one kernel steps fp32 masters: our engine's, split models' and ZeRO-1's."""
+        """Whether one kernel steps fp32 masters, kept in halves: our engine's, split models' and ZeRO-1's."""
         return self.precision.master and not self.precision.scaled and self.zero_stage < 2 and not self.offloads
-
-    @property
-    def has_halved_masters(self) -> bool:
-        """Whether bf16 weights are half of their masters: where our own optimizer keeps the other half."""
-        whole = self.topology.splits_model or self.zero_stage > 0 or self.offloads
-        return self.precision.master and not self.precision.scaled and not whole
 
     @property
     def splits_backward(self) -> bool:

@@ -75,10 +75,8 @@ def optimizer_seconds(job: Job, device: Device, stage: int) -> float:
 
 def _step_bytes(job: Job) -> int:
     """Read and written for each parameter that a rank steps, of its gradients' norm too."""
-    if job.has_halved_masters:
-        return 32  # weights, remainders and moments in and out (24), gradients twice
     if job.steps_at_once:
-        return 34  # masters and moments in and out (24), gradients twice (8), weights out (2): one kernel, and the norm
+        return 32  # weights, remainders and moments in and out (24), gradients twice (8): one kernel, and the norm
     if job.zero_stage:
         # torch's step over fp32 (28); the norm (4); clipping (8); gradients cleared (4); masters to weights (6).
         return 50

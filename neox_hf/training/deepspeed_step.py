@@ -2,11 +2,13 @@
 
 By itself it sums all gradients on every replica, reads all for their norm, multiplies them by what clipping comes to,
 steps fp32 masters, casts these to weights, and zeroes the gradients twice: on one replica 54 bytes for each element.
-Here a replica is sent the sums of the part that it steps, the norm is one read of that, and a kernel does the rest: 38
-bytes, and half of what went over the wire. What it computes is the same.
+Here a replica is sent the sums of the part that it steps, the norm is one read of that, and a kernel does the rest: 36
+bytes, and half of what went over the wire. Masters are kept as what the weights are short of them. What it computes is
+the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +16,23 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+from deepspeed.utils import fragment_address
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from torch import Tensor, nn
 
 from neox_hf.kernels import ADAMW, TensorTables, clip_coefficient, gradient_square_sum
 from neox_hf.parallel.messages import reduce_scatter
 from neox_hf.training.fused_adamw import FusedAdamW
+from neox_hf.training.halved_master import HalvedMaster
 
 
-def step_at_once(optimizer: object) -> None:
+def step_at_once(optimizer: object) -> "StepAtOnce | None":
     """Have `optimizer` step so, if it is a BF16_Optimizer around our AdamW, for whose step there is a kernel."""
     if not isinstance(optimizer, BF16_Optimizer) or not isinstance(optimizer.optimizer, FusedAdamW):
-        return
+        return None
+    steps_now = getattr(optimizer.step, "__self__", None)
+    if isinstance(steps_now, StepAtOnce):  # `train()` was called before
+        return steps_now
     inner, masters = optimizer.optimizer, optimizer.fp32_groups_flat_partition
     fused = all(group["fused"] is not False for group in inner.param_groups)
     in_fp32 = optimizer.grad_acc_dtype == torch.float32 and optimizer.norm_type == 2
@@ -34,21 +41,33 @@ def step_at_once(optimizer: object) -> None:
         at_once = StepAtOnce(optimizer)
         optimizer.get_grads_for_reduction = at_once.sum_gradients
         optimizer.step, optimizer.clear_hp_grads = at_once.step, at_once.clear_gradients
+        return at_once
+    return None
 
 
 @dataclass(frozen=True)
 class Part:
     """What this rank steps of one group of parameters: as many elements of each.
 
-    gradients: of the whole group, one after the other; `mine` is a view into them.
+    halves: master and weights. gradients: of the whole group, one after the other; `mine` is a view into them.
     counted: views into `mine` of what the norm takes from this rank.
     """
 
-    master: Tensor
-    weights: Tensor
+    halves: HalvedMaster
     gradients: Tensor
     mine: Tensor
     counted: list[Tensor]
+
+
+class _Halved:
+    """In the place of a parameter's view of its master: what it showed has no memory."""
+
+    @property
+    def data(self) -> Tensor:
+        raise RuntimeError(
+            "fp32 masters are kept as what the weights are short of them; DeepSpeed's functions read and write them in "
+            "`with trainer.engine.whole_masters():`, entered on all ranks"
+        )
 
 
 class StepAtOnce:
@@ -60,8 +79,31 @@ class StepAtOnce:
         self.count = dist.get_world_size(self.replicas)
         self.parts = [self._part(group) for group in range(len(self.inner.param_groups))]
         self._tables = TensorTables()
-        self.inner.copies = {part.master: part.weights for part in self.parts}
         self.inner.zeroes_gradients = self.count == 1  # other replicas' parts are no part of the step
+        self._halve_masters()
+
+    @contextmanager
+    def whole_masters(self) -> Iterator[None]:
+        """In this context DeepSpeed's fp32 tensors are in memory, to be read and written."""
+        for part in self.parts:
+            part.halves.make_whole()
+        self._link_masters(lambda master, address: master.narrow(0, address.start, address.numel))
+        try:
+            yield
+        finally:
+            self._halve_masters()
+
+    def _halve_masters(self) -> None:
+        for part in self.parts:
+            part.halves.halve()
+        self._link_masters(lambda master, address: _Halved())
+        self.inner.halves = {part.halves.master: (part.halves.weights, part.halves.remainder) for part in self.parts}
+
+    def _link_masters(self, fragment: Callable[[Tensor, fragment_address], object]) -> None:
+        """Have every parameter's view of its part of a master be what `fragment` makes."""
+        for part, parameters in zip(self.parts, self.optimizer.bf16_groups, strict=True):
+            for mapping in [p._hp_mapping for p in parameters if p._hp_mapping is not None]:
+                mapping.hp_fragment = fragment(part.halves.master.detach(), mapping.hp_fragment_address)
 
     def _part(self, group: int) -> Part:
         optimizer, rank = self.optimizer, dist.get_rank(self.replicas)
@@ -73,7 +115,7 @@ class StepAtOnce:
                 counted.append(mine.narrow(0, first - begin, last - first))
             at += parameter.numel()
         master, weights = optimizer.fp32_groups_flat_partition[group], optimizer.bf16_partitioned_groups[group][rank]
-        return Part(master, weights, optimizer.fp32_groups_gradients_flat[group], mine, counted)
+        return Part(HalvedMaster(master, weights), optimizer.fp32_groups_gradients_flat[group], mine, counted)
 
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether the norm takes it from this rank: of several that hold the same one does."""
@@ -103,7 +145,7 @@ class StepAtOnce:
             clip = clip_coefficient(norm, optimizer.clip_grad) if optimizer.clip_grad > 0 else torch.ones_like(norm)
             inner.gradient_factor = clip / self.count  # gradients are sums over replicas, and count as means
             for part in self.parts:
-                part.master.grad = part.mine
+                part.halves.master.grad = part.mine
             inner.step()
             optimizer._lazy_init_hp_params_optimizer_state()
             self._gather_weights()
@@ -124,7 +166,7 @@ class StepAtOnce:
 
     def _norm(self) -> Tensor:
         """Of the mean gradients of all model-parallel ranks."""
-        mpu, device = self.optimizer.mpu, self.parts[0].master.device
+        mpu, device = self.optimizer.mpu, self.parts[0].mine.device
         counted = [gradient for part in self.parts for gradient in part.counted]
         square = gradient_square_sum(counted, tables=self._tables, backend=self.inner.kernels).to(device)
         if self.count > 1:

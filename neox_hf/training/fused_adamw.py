@@ -31,7 +31,8 @@ class AdamW(torch.optim.AdamW):
     gradient_factor: what all gradients count for, an fp32 scalar on the device; None is 1. Clipping sets it.
     skip: a scalar on the device; where it is not 0, a step changes nothing. None: never.
     zeroes_gradients: each step leaves zeros in the gradients, in the same pass over memory.
-    copies: of every parameter, in low precision, which each step writes, too; None: there are none.
+    halves: of every parameter, which itself is not there, the bf16 weights that it rounds to, and what these are short
+        of it (`kernels/split_fp32.py`); None: the parameters are there.
     keeps_masters: of a class, whether its states have a master of each parameter, whole or in part, and fp32 moments.
 
     Args:
@@ -45,7 +46,7 @@ class AdamW(torch.optim.AdamW):
     gradient_factor: Tensor | None = None
     skip: Tensor | None = None
     zeroes_gradients: bool = False
-    copies: Mapping[Tensor, Tensor] | None = None
+    halves: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None
     kernels: str = "auto"
     keeps_masters: bool = False
 
@@ -112,8 +113,8 @@ class AdamW(torch.optim.AdamW):
     def _tensors(self, parameters: list[Tensor]) -> AdamWTensors:
         states = [self._state_of(p) for p in parameters]
         weights, masters = parameters, None
-        if self.copies is not None:
-            weights, masters = [self.copies[p] for p in parameters], parameters
+        if self.halves is not None:
+            weights, masters = map(list, zip(*[self.halves[p] for p in parameters], strict=True))
         elif self.keeps_masters:
             masters = [state.get(REMAINDER, state.get(MASTER)) for state in states]
         return AdamWTensors(

@@ -25,7 +25,7 @@ def by_kernel(rank: int, then: Callable | None = None, **given) -> None:
     from neox_hf.training.deepspeed_step import StepAtOnce
     from neox_hf.training.fused_adamw import AdamW
 
-    made, stepped, gathered = AdamW.__init__, StepAtOnce.step, StepAtOnce._gather_weights
+    made, stepped = AdamW.__init__, StepAtOnce.step
 
     def init(self, *args, **kwargs):
         made(self, *args, **{**kwargs, "kernels": "triton"})
@@ -34,12 +34,7 @@ def by_kernel(rank: int, then: Callable | None = None, **given) -> None:
         print("stepped at once")
         stepped(self, closure)
 
-    def gather(self):
-        for part in self.parts:  # the interpreter cuts bf16 off, where hardware rounds to nearest
-            part.weights.copy_(part.master)
-        gathered(self)
-
-    AdamW.__init__, StepAtOnce.step, StepAtOnce._gather_weights = init, step, gather
+    AdamW.__init__, StepAtOnce.step = init, step
     if then is not None:
         then(rank, **given)
 
