@@ -77,6 +77,21 @@ class AdamWTensors:
         masters = [] if self.masters is None else [self.masters]
         return [self.weights, self.gradients, self.exp_avgs, self.exp_avg_sqs, self.steps, *masters]
 
+    @property
+    def has_remainders(self) -> bool:
+        """Whether `masters` are what weights are short of them."""
+        return bool(self.masters) and self.masters[0].dtype == torch.int16
+
+    def one_by_one(self) -> Iterator["AdamWTensors"]:
+        """Each entry by itself."""
+        for entry in range(len(self.weights)):
+            yield self._picked([entry])
+
+    def _picked(self, entries: list[int]) -> "AdamWTensors":
+        return AdamWTensors(
+            *[None if column is None else [column[e] for e in entries] for column in vars(self).values()]
+        )
+
     def alike(self) -> Iterator["AdamWTensors"]:
         """Parts in which all entries have the same dtypes, and weights on the same device."""
         # One part is the rule, and quicker found out than the parts are made.
@@ -87,8 +102,7 @@ class AdamWTensors:
         for entry, row in enumerate(zip(*self.columns, strict=True)):
             parts.setdefault((row[0].device, *[tensor.dtype for tensor in row]), []).append(entry)
         for entries in parts.values():
-            picked = [None if column is None else [column[e] for e in entries] for column in vars(self).values()]
-            yield AdamWTensors(*picked)
+            yield self._picked(entries)
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,12 @@ def adamw_reference(
     tables: TensorTables,
 ) -> None:
     """torch's own fused AdamW, on copies of what has less precision than fp32 or lies in memory otherwise than its
-    weight: torch reads all four of a parameter in the order of their memory, or refuses to."""
+    weight: torch reads all four of a parameter in the order of their memory, or refuses to. One parameter after another
+    where masters have to be put together, so that no two are there at a time."""
+    if tensors.has_remainders and len(tensors.weights) > 1:
+        for one in tensors.one_by_one():
+            adamw_reference(one, rates, factor, skip, zero_gradients, tables)
+        return
     masters = whole_masters(tensors)
     narrow = [tensors.weights if masters is None else masters, tensors.exp_avgs, tensors.exp_avg_sqs]
     weights = [_at_least_fp32(w) for w in narrow[0]]
@@ -145,22 +164,17 @@ def adamw_reference(
         torch._foreach_zero_(tensors.gradients)
 
 
-def _are_remainders(masters: list[Tensor]) -> bool:
-    return bool(masters) and masters[0].dtype == torch.int16
-
-
 def whole_masters(tensors: AdamWTensors) -> list[Tensor] | None:
     """In fp32: those that are kept, or made of both halves."""
-    masters = tensors.masters
-    if masters is None or not _are_remainders(masters):
-        return masters
-    return [join_fp32(high, remainder) for high, remainder in zip(tensors.weights, masters, strict=True)]
+    if not tensors.has_remainders:
+        return tensors.masters
+    return [join_fp32(high, remainder) for high, remainder in zip(tensors.weights, tensors.masters, strict=True)]
 
 
 def _round_to_weights(tensors: AdamWTensors, masters: list[Tensor], skip: Tensor | None) -> None:
     """Have the weights, and remainders where they are kept, be what `masters` are; no write where `skip` is set."""
     kept, results = tensors.weights, [m.to(w.dtype) for w, m in zip(tensors.weights, masters, strict=True)]
-    if _are_remainders(tensors.masters):
+    if tensors.has_remainders:
         highs, remainders = zip(*map(split_fp32, masters), strict=True)
         kept, results = [*tensors.weights, *tensors.masters], [*highs, *remainders]
     if skip is not None:
@@ -291,7 +305,7 @@ def adamw_triton(
     copies = [g.contiguous() for g in tensors.gradients]
     columns = tensors.columns
     columns[1] = copies
-    split = tensors.masters is not None and _are_remainders(tensors.masters)
+    split = tensors.has_remainders
     launch = STEP.chosen(columns[0][0].device, columns[0][0].dtype, _bytes_moved(columns, split))
     table = tables.table(columns, launch.chunk)
     skip = skip.view(torch.uint8) if skip is not None and skip.dtype == torch.bool else skip
