@@ -10,19 +10,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box, SavedBox
+from neox_hf.checkpoint.tensor_file import Unmade
 from neox_hf.errors import CheckpointError
 
 GEOMETRY = "boxes"
 
 
-def pack_boxes(boxes: Iterable[Box]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def pack_boxes(boxes: Iterable[Box]) -> tuple[dict[str, Tensor | Unmade], dict[str, str]]:
     """The tensors and the metadata of the file that holds these boxes."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Unmade] = {}
     geometry: dict[str, dict] = {}
     for box in boxes:
         key = box_key(box)
         assert key not in tensors, f"{key} is given twice"
-        tensors[key] = box.tensor.detach()
+        tensors[key] = box.tensor.detach() if box.make is None else Unmade(box.tensor, box.make)
         geometry[key] = {"name": box.name, "offsets": box.offsets, "shape": box.shape}
     return tensors, {GEOMETRY: json.dumps(geometry)}
 

@@ -5,7 +5,7 @@ are wanted with the boxes that were saved, so the layout that saves and the layo
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol
@@ -18,12 +18,16 @@ from neox_hf.errors import CheckpointError
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Part of the tensor `name`: it begins at `offsets` and is as large as `tensor`. `shape` is the whole tensor's."""
+    """Part of the tensor `name`: it begins at `offsets` and is as large as `tensor`. `shape` is the whole tensor's.
+
+    make: where `tensor` is on `meta`, what makes it in host memory, to be written.
+    """
 
     name: str
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     tensor: Tensor
+    make: Callable[[], Tensor] | None = None
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> "Box":

@@ -101,7 +101,7 @@ class Container:
         return self.optimizer.state.get(cell.key, {})
 
     def master_of(self, cell: Cell) -> Tensor:
-        """Of a cell that is one parameter: made in host memory, where there is room for all of them."""
+        """Of a cell that is one parameter, in host memory of its own."""
         master = self.optimizer.master_of(cell.key)
         return torch.empty_like(master, device="cpu").copy_(master)
 

@@ -6,7 +6,8 @@ Hugging Face names, one file per slot and rank. Everything else is JSON (`optimi
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from neox_hf.checkpoint.boxes import Box
 from neox_hf.checkpoint.exchange import Exchange
 from neox_hf.checkpoint.fragments import whole_box
-from neox_hf.checkpoint.optimizer_containers import MASTER, Cell, Container, Place, container_of
+from neox_hf.checkpoint.optimizer_containers import Cell, Container, Place, container_of
 from neox_hf.checkpoint.optimizer_document import SCALARS, Names, Shards, describe, merge, slot_stem, slots_of
 from neox_hf.checkpoint.partitioned import whole_shape
 from neox_hf.checkpoint.writer import CheckpointWriter
@@ -61,8 +62,7 @@ def write_optimizer(
     ]
     deal = _Deal(container, [piece for piece in pieces if piece.shard or topology.tensor_rank == 0], topology)
     for slot in mine["slots"]:
-        copied = container.scattered or (slot == MASTER and container.makes_masters)
-        writer.write_boxes(slot_stem(slot), list(deal.boxes(slot)), copied=copied)
+        writer.write_boxes(slot_stem(slot), list(deal.boxes(slot)), copied=container.scattered)
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,10 @@ class _Deal:
                 continue
             local = self._gathered(number, piece, value) if self._container.scattered else self._dealt(number, value)
             if local is not None:
-                if local.is_meta:
-                    local = self._container.master_of(piece.cell)
                 # A slot of another shape than its parameter's is no shard of it.
                 box = whole_box(piece.name, local, piece.shard if value.shape == piece.cell.key.shape else None)
                 if box is not None:
-                    yield box
+                    yield replace(box, make=partial(self._container.master_of, piece.cell)) if local.is_meta else box
 
     def _dealt(self, number: int, value: Tensor) -> Tensor | None:
         return value if number % self._topology.data == self._topology.data_rank else None

@@ -7,7 +7,8 @@ the file is there, which would stop the training step that runs beside it.
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
 
@@ -32,18 +33,29 @@ ALIGNMENT = 8
 CHUNK_BYTES = 1 << 24
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write one file and return its sha256. A tensor on a device passes through host memory alone.
+@dataclass(frozen=True)
+class Unmade:
+    """A tensor that comes into being as it is written. like: its shape and dtype, on `meta`. make: it, in host memory
+    of its own."""
+
+    like: Tensor
+    make: Callable[[], Tensor]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Unmade], metadata: Mapping[str, str] | None = None) -> str:
+    """Write one file and return its sha256. A tensor on a device passes through host memory alone, and so does one that
+    is made.
 
     Format: https://huggingface.co/docs/safetensors; wide elements come first, so that all are aligned.
 
     Raises:
         OSError: the disk is full, or the like.
     """
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    like = {key: tensor.like if isinstance(tensor, Unmade) else tensor for key, tensor in tensors.items()}
+    order = sorted(like, key=lambda key: (-like[key].element_size(), key))
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        _write(file, digest, memoryview(_header(order, tensors, metadata)))
+        _write(file, digest, memoryview(_header(order, like, metadata)))
         for key in order:
             _write(file, digest, _bytes_of(tensors[key]))
     return digest.hexdigest()
@@ -61,8 +73,9 @@ def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[s
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+def _bytes_of(tensor: Tensor | Unmade) -> memoryview:
+    made = tensor.make() if isinstance(tensor, Unmade) else tensor
+    flat = made.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
 
 

@@ -39,7 +39,7 @@ from neox_hf.checkpoint.durable import (
 )
 from neox_hf.checkpoint.manifest import FileRecord, Manifest
 from neox_hf.checkpoint.model_files import save_model_files
-from neox_hf.checkpoint.tensor_file import write_tensors
+from neox_hf.checkpoint.tensor_file import Unmade, write_tensors
 from neox_hf.checkpoint.verify import is_safe
 from neox_hf.checkpoint.weights import INDEX, METADATA, SHARD_BYTES, WeightFiles
 from neox_hf.errors import CheckpointError
@@ -75,7 +75,7 @@ class CheckpointWriter:
         self.deferred = deferred
         self._barrier = barrier
         self._sums: dict[str, str | None] = {}
-        self._waiting: list[tuple[str, dict[str, Tensor], Mapping[str, str]]] = []
+        self._waiting: list[tuple[str, dict[str, Tensor | Unmade], Mapping[str, str]]] = []
         if rank == 0:
             with writing(self.path):
                 self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -224,17 +224,16 @@ class CheckpointWriter:
             remove_checkpoint(aside)
 
     def _put(
-        self, relative_path: str, tensors: dict[str, Tensor], metadata: Mapping[str, str], copied: bool = False
+        self, relative_path: str, tensors: dict[str, Tensor | Unmade], metadata: Mapping[str, str], copied: bool = False
     ) -> None:
         if not self.deferred:
             self._write_file(relative_path, tensors, metadata)
         elif copied:
             self._waiting.append((relative_path, tensors, metadata))
         else:
-            host = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-            self._waiting.append((relative_path, host, metadata))
+            self._waiting.append((relative_path, {key: _host_copy(t) for key, t in tensors.items()}, metadata))
 
-    def _write_file(self, relative_path: str, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def _write_file(self, relative_path: str, tensors: dict[str, Tensor | Unmade], metadata: Mapping[str, str]) -> None:
         with self._new_file(relative_path) as path:
             digest = write_tensors(path, tensors, metadata)
         self._sums[relative_path] = digest
@@ -263,3 +262,7 @@ class CheckpointWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
         self._sums[relative_path] = None
+
+
+def _host_copy(tensor: Tensor | Unmade) -> Tensor:
+    return tensor.make() if isinstance(tensor, Unmade) else tensor.detach().to("cpu", copy=True)

@@ -32,6 +32,26 @@ def test_views_that_share_storage_are_saved(tmp_path):
     assert torch.equal(reader.read(b, (slice(0, 2), slice(0, 3))), flat[6:].view(3, 2).t())
 
 
+def test_tensors_are_made_as_they_are_written(tmp_path):
+    """One after the other: none before its turn, and none twice."""
+    path, made = tmp_path / "x.safetensors", []
+
+    def box(name, value):
+        def make():
+            made.append(name)
+            return torch.full((2, 3), value)
+
+        return Box(name, (0, 0), (2, 3), torch.empty(2, 3, device="meta"), make)
+
+    tensors, metadata = pack_boxes([box("a", 1.0), Box.whole("b", torch.ones(5)), box("c", 3.0)])
+    assert made == []
+    write_tensors(path, tensors, metadata)
+    assert made == ["a", "c"]
+    reader = BoxFiles([path])
+    (c,) = reader.find("c")
+    assert torch.equal(reader.read(c, (slice(0, 2), slice(0, 3))), torch.full((2, 3), 3.0))
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

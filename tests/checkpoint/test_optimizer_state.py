@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from neox_hf.checkpoint import CheckpointWriter, load_optimizer, open_checkpoint, write_optimizer
 from neox_hf.errors import CheckpointError
+from neox_hf.training.optimizers import MasterAdamW
 
 
 class Lion(Optimizer):
@@ -173,6 +174,39 @@ def test_tensors_that_the_optimizer_keeps_are_filled_in_place(tmp_path):
     assert other.state[resumed.first.weight]["master"] is master
     assert master.dtype == torch.float32
     assert_same_state(other, optimizer)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_masters_of_which_half_is_kept_are_whole_on_disk(tmp_path, deferred):
+    """As they were when they were given to the writer, whatever is trained before it commits."""
+    model = net().bfloat16()
+    optimizer = MasterAdamW(groups_of(model), lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    train(model, optimizer, steps=3)
+    masters = {name: optimizer.master_of(p) for p, name in names_of(model).items() if p is not model.unused}
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict())
+    writer = CheckpointWriter(tmp_path, 1, deferred=deferred)
+    write_optimizer(writer, optimizer, names_of(model))
+    train(model, optimizer, steps=1, first=3)
+    checkpoint = open_checkpoint(writer.commit())
+    saved = checkpoint.boxes("optimizer.master")
+    for name, master in masters.items():
+        (box,) = saved.find(name)
+        assert torch.equal(saved.read(box, tuple(slice(0, n) for n in box.extent)), master)
+        assert not torch.equal(master, master.bfloat16().float())
+    assert not saved.find("net.unused")
+
+    other = net(seed=1).bfloat16()
+    loaded = MasterAdamW(groups_of(other), lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    with torch.no_grad():
+        other.unused.copy_(model.unused)
+    train(other, loaded, steps=1)  # has remainders of its own
+    load_optimizer(loaded, names_of(other), {}, checkpoint)
+    assert all(torch.equal(p, wanted) for p, wanted in zip(other.parameters(), weights, strict=True))
+    loaded_state = loaded.state_dict()["state"]
+    for key, slots in state["state"].items():
+        assert loaded_state[key].keys() == slots.keys()
+        assert all(torch.equal(loaded_state[key][slot], value) for slot, value in slots.items())
 
 
 def test_loading_replaces_an_older_state(tmp_path):
