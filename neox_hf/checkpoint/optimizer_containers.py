@@ -4,7 +4,7 @@ A torch optimizer steps the parameters themselves. DeepSpeed's ZeRO-1 and 2, BF1
 tensors, each rank a part of what the data ranks hold together. Nothing of that shows beyond this file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from neox_hf.checkpoint.partitioned import forget_gathered, partition_of, partition_range
 from neox_hf.errors import CheckpointError
+from neox_hf.kernels.split_fp32 import join_fp32
 
 MASTER = "master"
 Groups = tuple[tuple[dict[str, Any], tuple[nn.Parameter, ...]], ...]
@@ -62,7 +63,7 @@ class PartOfMasters(Protocol):
         """Have `master`, fp32 on any device, be the parameter's, and the parameter what it rounds to."""
 
     def whole_state(self, parameter: Tensor) -> dict[str, Any]:
-        """The state as if masters were kept, these on `meta`."""
+        """The state as if masters were kept, these on `meta`, even those of parameters that lack all of them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Container:
 
     optimizer: the innermost one, a torch optimizer. groups: hyper-parameters and the model's parameters under them.
     scattered: each data rank keeps other elements; otherwise each keeps all.
-    keeps_masters: cells are fp32 copies of weights in low precision.
+    keeps_masters: cells are fp32 copies of weights in low precision. halves: of cells whose memory has been given back,
+    the bf16 weights that they round to, and what these are short of them.
     publish: bring the cells' values into the weights. Every rank calls it.
     relink: tell the owner of the cells that their state has been replaced.
     """
@@ -81,6 +83,7 @@ class Container:
     cells: tuple[Cell, ...]
     scattered: bool = False
     keeps_masters: bool = False
+    halves: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None
     publish: Callable[[], None] = field(default=lambda: None)
     relink: Callable[[], None] = field(default=lambda: None)
 
@@ -104,6 +107,12 @@ class Container:
         """Of a cell that is one parameter, in host memory of its own."""
         master = self.optimizer.master_of(cell.key)
         return torch.empty_like(master, device="cpu").copy_(master)
+
+    def elements(self, cell: Cell, place: Place, slot: str, value: Tensor) -> Tensor:
+        """Those of a flat tensor, `value`, that are of a place."""
+        if slot == MASTER and self.halves is not None:
+            return join_fp32(*(half.narrow(0, place.at, place.numel) for half in self.halves[cell.key]))
+        return value.narrow(0, place.at, place.numel)
 
     @property
     def kind(self) -> str:
@@ -141,11 +150,7 @@ def _torch(optimizer: Optimizer) -> Container:
     @torch.no_grad()
     def publish() -> None:
         for parameter, state in optimizer.state.items():
-            if MASTER not in state:
-                continue
-            if isinstance(optimizer, PartOfMasters):
-                optimizer.take_master(parameter, state.pop(MASTER))
-            else:
+            if MASTER in state:
                 parameter.copy_(state[MASTER])
 
     return Container(optimizer, groups, cells, publish=publish)
@@ -172,6 +177,7 @@ def _flat(zero: Any, parameters: list[list[nn.Parameter]], flats: list[Tensor]) 
         cells,
         scattered=True,
         keeps_masters=_low_precision(groups),
+        halves=getattr(inner, "halves", None),
         publish=zero.update_lp_params,
         relink=relink,
     )

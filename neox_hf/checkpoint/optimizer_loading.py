@@ -1,6 +1,6 @@
 """The state of an optimizer back from disk: each rank reads what it holds, whatever layout and container wrote it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,8 +46,9 @@ def load_optimizer(
     reader: OptimizerReader,
     topology: Topology | None = None,
 ) -> None:
-    """Give the optimizer the saved state bit for bit, or change nothing. Every rank calls it, after the weights are in
-    place; no step needs to have been taken.
+    """Give the optimizer the saved state bit for bit (but see `kernels/split_fp32.py` for one master in 131,072 that
+    another kind of optimizer saved), or change nothing. Every rank calls it, after the weights are in place; no step
+    needs to have been taken.
 
     Each rank reads what it holds, whatever layout wrote it. Tensors that the optimizer already keeps are filled in
     place, others are made beside the parameter. Group hyper-parameters are restored too, except those that choose an
@@ -103,12 +104,15 @@ class _Plan:
         self._states: list[tuple[Cell, dict[str, Any]]] = []
         self._targets: list[_Target] = []
         self._boxes: dict[str, list[Box]] = {}
+        self._made_masters: list[tuple[Cell, Box]] = []
         for cell in container.cells:
             self._plan_cell(cell)
         for target in self._targets:
             target.check(self._readers[target.slot])
         for slot, boxes in self._boxes.items():
             check_boxes(boxes, self._readers[slot])
+        if self._made_masters:
+            check_boxes([box for _, box in self._made_masters], self._readers[MASTER])
 
     @torch.no_grad()
     def carry_out(self) -> None:
@@ -125,6 +129,10 @@ class _Plan:
                 optimizer.state[cell.key] = state
             else:
                 optimizer.state.pop(cell.key, None)
+        for cell, box in self._made_masters:  # one after the other: no two are in memory
+            master = torch.empty_like(box.tensor, device="cpu")
+            fill_boxes([replace(box, tensor=master)], self._readers[MASTER])
+            optimizer.take_master(cell.key, master)
         self._restore_groups()
 
     def _prepare_flat(self, cell: Cell, state: dict[str, Any]) -> None:
@@ -145,12 +153,13 @@ class _Plan:
             for slot, like in entry["slots"].items():
                 if slot not in state and not (cell.flat and slot == MASTER):
                     held = current.get(slot)
-                    made = slot == MASTER and self._container.makes_masters
-                    state[slot] = self._new_slot(cell, slot, like) if held is None or made else held
+                    state[slot] = self._new_slot(cell, slot, like) if held is None else held
         self._check_nothing_is_lost(cell, current, state)
         for place, entry in zip(cell.places, entries, strict=True):
             for slot in entry["slots"]:
                 self._plan_slot(slot, cell, place, state.get(slot, cell.key))
+        if self._container.makes_masters:
+            state.pop(MASTER, None)
         if state or not cell.flat:
             state.update(self._scalars(cell, entries))
         self._states.append((cell, state))
@@ -160,8 +169,7 @@ class _Plan:
         on_disk = self._saved["parameters"][self._names[cell.places[0].parameter]]["shape"]
         if cell.flat or shape == on_disk:
             shape = cell.key.shape
-        on_host = slot == MASTER and self._container.makes_masters  # until it is taken apart
-        device = "cpu" if on_host else cell.key.device
+        device = "meta" if slot == MASTER and self._container.makes_masters else cell.key.device
         return torch.empty(shape, dtype=getattr(torch, like["dtype"]), device=device)
 
     def _plan_slot(self, slot: str, cell: Cell, place: Place, value: Tensor) -> None:
@@ -169,7 +177,9 @@ class _Plan:
         if not cell.flat:
             shard = self._shards.get(place.parameter) if value.shape == cell.key.shape else None
             box = whole_box(name, value, shard)
-            if box is not None:
+            if value.is_meta:
+                self._made_masters.append((cell, box))
+            elif box is not None:
                 self._boxes.setdefault(slot, []).append(box)
         elif place.numel:
             shape, shard = whole_shape(place.parameter), self._shards.get(place.parameter)

@@ -90,7 +90,10 @@ class _Deal:
             value = slots_of(self._container, piece.cell).get(slot)
             if value is None:
                 continue
-            local = self._gathered(number, piece, value) if self._container.scattered else self._dealt(number, value)
+            if self._container.scattered:
+                local = self._gathered(number, piece, slot, value)
+            else:
+                local = self._dealt(number, value)
             if local is not None:
                 # A slot of another shape than its parameter's is no shard of it.
                 box = whole_box(piece.name, local, piece.shard if value.shape == piece.cell.key.shape else None)
@@ -100,11 +103,11 @@ class _Deal:
     def _dealt(self, number: int, value: Tensor) -> Tensor | None:
         return value if number % self._topology.data == self._topology.data_rank else None
 
-    def _gathered(self, number: int, piece: _Piece, flat: Tensor) -> Tensor | None:
+    def _gathered(self, number: int, piece: _Piece, slot: str, flat: Tensor) -> Tensor | None:
         held = [ranges[number] for ranges in self._held]
         size = len(held)
         owner = max(range(size), key=lambda rank: (held[rank][1], -((rank - number) % size)))
-        mine = flat.narrow(0, piece.place.at, piece.place.numel)
+        mine = self._container.elements(piece.cell, piece.place, slot, flat)
         return self._exchange.join(owner, mine, held, whole_shape(piece.place.parameter), flat.dtype)
 
 

@@ -7,6 +7,9 @@ masters of the weights, in half the memory, and a step need not write the weight
 
 One number in 131,072 is kept as its neighbour: that half way to the next bf16 number, where rounding to even goes down;
 its remainder would be 32768. The neighbour is one unit of fp32 nearer to `high`, and rounds to it, too.
+
+A half may be written to by itself, a weight that is set. Nothing lies below zero's magnitude, so beside 0, as no number
+is split, a negative remainder counts as 0.
 """
 
 import torch
@@ -18,6 +21,9 @@ LARGEST = 0x7FFF
 """Of remainders; also what rounding to nearest adds before it cuts off."""
 
 MOST = tl.constexpr(LARGEST)
+
+MAGNITUDE = tl.constexpr(0x7FFF)
+"""The bits of an upper half that are not its sign."""
 
 A_NAN = tl.constexpr(0x7FC0)
 """The upper half of one."""
@@ -32,6 +38,7 @@ def split_fp32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_fp32(high: Tensor, remainder: Tensor) -> Tensor:
     """fp32, of the shape of both."""
+    remainder = torch.where(high == 0, remainder.clamp(min=0), remainder)
     return (_upper_half(high) + remainder).view(torch.float32)
 
 
@@ -42,6 +49,7 @@ def _upper_half(high: Tensor) -> Tensor:
 @triton.jit
 def joined(high, remainder):
     """`join_fp32` of two blocks of int16."""
+    remainder = tl.where((high & MAGNITUDE) == 0, tl.maximum(remainder, 0), remainder)
     return ((high.to(tl.int32) << 16) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
 
 

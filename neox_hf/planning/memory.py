@@ -22,7 +22,8 @@ class RankMemory:
     """GiB on one rank. Of what is there at all times: weights (in fp8, in eight bits too), gradients, and the
     optimizer's masters and moments. Of the passes: `activations` kept for the backward pass, of all micro-batches that
     are under way; `layer`, what one layer's backward pass adds; `loss`, what head and loss take at the same time;
-    `messages`, buffers of gradients and gathered weights.
+    `messages`, buffers of gradients and gathered weights. Before the first pass: `start`, what DeepSpeed's masters
+    take more until they are halved.
 
     gradients_stay: they are there in the forward pass too. Else each comes when activations go.
     """
@@ -34,15 +35,18 @@ class RankMemory:
     layer: float
     loss: float
     messages: float
+    start: float
     gradients_stay: bool
 
     @property
     def peak(self) -> float:
-        """GiB at the fullest moment: the turn from forward to backward or, without gradients there, the end."""
+        """GiB at the fullest moment: the turn from forward to backward or, without gradients there, the end; or the
+        start of a resumed run."""
         turn = self.activations + max(self.layer, self.loss)
         if self.gradients_stay:
             turn += self.gradients
-        return self.weights + self.optimizer + self.messages + max(turn, self.gradients + self.layer)
+        later = self.gradients + max(self.layer, self.start)
+        return self.weights + self.optimizer + self.messages + max(turn, later)
 
 
 def memory_of_stages(job: Job) -> list[RankMemory]:
@@ -62,6 +66,7 @@ def _memory(job: Job, stage: int) -> RankMemory:
         "layer": _layer_at_work(job),
         "loss": _loss(job) if job.is_last(stage) else 0,
         "messages": _messages(job, stage),
+        "start": _whole_masters(job, stage),
     }
     # One step of one micro-batch without buckets is the only one that begins without gradients.
     stay = job.accumulation > 1 or job.topology.data > 1 or job.zero_stage > 0
@@ -82,6 +87,12 @@ def _bytes_between_steps(job: Job, stage: int) -> tuple[float, float, float]:
         state = 10 if job.steps_at_once else 12
     optimizer = 0 if job.offloads else state * parameters / (replicas if job.zero_stage >= 1 else 1)
     return weights, gradients, optimizer
+
+
+def _whole_masters(job: Job, stage: int) -> float:
+    """Bytes that masters take before they are halved (`training.halved_master`), beyond what is left of them."""
+    at_once = job.steps_at_once and (job.topology.splits_model or job.zero_stage == 1)
+    return 2 * job.held[stage] / job.topology.data if at_once else 0
 
 
 def _activations(job: Job, stage: int) -> float:

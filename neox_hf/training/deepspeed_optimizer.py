@@ -8,7 +8,7 @@ from transformers import Trainer
 from neox_hf.checkpoint import Checkpoint, CheckpointWriter
 from neox_hf.training import loss_scale
 from neox_hf.training.deepspeed_gradients import sum_in_master_gradients
-from neox_hf.training.deepspeed_step import StepAtOnce, step_at_once
+from neox_hf.training.deepspeed_step import at_once_of, step_at_once
 from neox_hf.training.engine import OptimizerBoxes
 from neox_hf.training.split_backward import PostponedProducts
 
@@ -16,15 +16,13 @@ from neox_hf.training.split_backward import PostponedProducts
 class DeepSpeedOptimizer(OptimizerBoxes):
     """The half of an engine that is the same whichever of DeepSpeed's engines steps."""
 
-    at_once: StepAtOnce | None = None
-
     def take_accumulation(self) -> None:
         """Tell Accelerate the micro-batches of a step: where its own count differs, it warns and takes DeepSpeed's."""
         self.trainer.accelerator.gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
 
     def begin(self) -> None:
         sum_in_master_gradients(self.optimizer, self.postponed_products())
-        self.at_once = step_at_once(self.optimizer)
+        step_at_once(self.optimizer)
 
     def postponed_products(self) -> PostponedProducts | None:
         """What takes the products that are gradients of weights, where they are not computed as they are asked for."""
@@ -39,12 +37,12 @@ class DeepSpeedOptimizer(OptimizerBoxes):
         self.optimizer.overflow = False
 
     def whole_masters(self) -> AbstractContextManager[None]:
-        """In this context DeepSpeed's masters are whole."""
-        return nullcontext() if self.at_once is None else self.at_once.whole_masters()
+        """In this context, which all ranks enter, DeepSpeed's masters are whole, to be read and written."""
+        at_once = at_once_of(self.optimizer)
+        return nullcontext() if at_once is None else at_once.whole_masters()
 
     def save_boxes(self, writer: CheckpointWriter) -> None:
-        with self.whole_masters():
-            super().save_boxes(writer)
+        super().save_boxes(writer)
         loss_scale.write(writer, self.optimizer)
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:

@@ -26,13 +26,13 @@ from neox_hf.training.fused_adamw import FusedAdamW
 from neox_hf.training.halved_master import HalvedMaster
 
 
-def step_at_once(optimizer: object) -> "StepAtOnce | None":
-    """Have `optimizer` step so, if it is a BF16_Optimizer around our AdamW, for whose step there is a kernel."""
+def step_at_once(optimizer: object) -> None:
+    """Have `optimizer` step so, if it is a BF16_Optimizer around our AdamW, for whose step there is a kernel, and does
+    not yet."""
     if not isinstance(optimizer, BF16_Optimizer) or not isinstance(optimizer.optimizer, FusedAdamW):
-        return None
-    steps_now = getattr(optimizer.step, "__self__", None)
-    if isinstance(steps_now, StepAtOnce):  # `train()` was called before
-        return steps_now
+        return
+    if at_once_of(optimizer) is not None:
+        return
     inner, masters = optimizer.optimizer, optimizer.fp32_groups_flat_partition
     fused = all(group["fused"] is not False for group in inner.param_groups)
     in_fp32 = optimizer.grad_acc_dtype == torch.float32 and optimizer.norm_type == 2
@@ -41,8 +41,12 @@ def step_at_once(optimizer: object) -> "StepAtOnce | None":
         at_once = StepAtOnce(optimizer)
         optimizer.get_grads_for_reduction = at_once.sum_gradients
         optimizer.step, optimizer.clear_hp_grads = at_once.step, at_once.clear_gradients
-        return at_once
-    return None
+
+
+def at_once_of(optimizer: object) -> "StepAtOnce | None":
+    """What steps `optimizer` so, if something does."""
+    steps = getattr(getattr(optimizer, "step", None), "__self__", None)
+    return steps if isinstance(steps, StepAtOnce) else None
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,33 @@ class StepAtOnce:
         self.parts = [self._part(group) for group in range(len(self.inner.param_groups))]
         self._tables = TensorTables()
         self.inner.zeroes_gradients = self.count == 1  # other replicas' parts are no part of the step
+        self._readers = 0
         self._halve_masters()
 
     @contextmanager
     def whole_masters(self) -> Iterator[None]:
-        """In this context DeepSpeed's fp32 tensors are in memory, to be read and written."""
+        """In this context, which all ranks enter, DeepSpeed's fp32 tensors are in memory, to be read and written; at
+        its end the weights are what they round to. There is no step inside."""
+        self._make_whole()
+        self._readers += 1
+        try:
+            yield
+        except BaseException:  # alone, perhaps: no message to other ranks
+            self._let_go()
+            raise
+        self._let_go()
+        if self._readers == 0:
+            self._gather_weights()
+
+    def _make_whole(self) -> None:
+        self.inner.halves = None
         for part in self.parts:
             part.halves.make_whole()
         self._link_masters(lambda master, address: master.narrow(0, address.start, address.numel))
-        try:
-            yield
-        finally:
+
+    def _let_go(self) -> None:
+        self._readers -= 1
+        if self._readers == 0:
             self._halve_masters()
 
     def _halve_masters(self) -> None:
@@ -136,6 +156,8 @@ class StepAtOnce:
         """Step masters and weights of this rank's part and gather the weights; without either, where the norm is not
         finite."""
         assert closure is None, "DeepSpeed's engine gives none"
+        if self._readers:
+            raise RuntimeError("an optimizer's step inside `whole_masters()`; leave that context first")
         optimizer, inner = self.optimizer, self.inner
         norm = self._norm()
         # Its engine asks the host for this after every step, too.
@@ -175,6 +197,7 @@ class StepAtOnce:
             dist.all_reduce(square, group=mpu.get_model_parallel_group())
         return square.sqrt() / self.count
 
+    @torch.no_grad()
     def _gather_weights(self) -> None:
         optimizer = self.optimizer
         all_gather_dp_groups(

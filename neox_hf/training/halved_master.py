@@ -22,16 +22,18 @@ class HalvedMaster:
 
     @torch.no_grad()
     def halve(self) -> None:
-        """Give the master's memory back, if it is there."""
+        """Give the master's memory back, if it is there; the weights are what it rounds to from then on. The remainder
+        waits in host memory for that of the master to be free."""
         if self.remainder is not None:
             return
-        self.remainder = torch.empty_like(self.weights, dtype=torch.int16)
-        parts = (self.master.detach(), self.weights, self.remainder)
+        waiting = torch.empty_like(self.weights, dtype=torch.int16, device="cpu")
+        parts = (self.master.detach(), self.weights, waiting)
         for master, weights, remainder in zip(*(part.split(AT_ONCE) for part in parts), strict=True):
             high, low = split_fp32(master)
-            assert torch.equal(high, weights), "the weights are not what the masters round to"
+            weights.copy_(high)
             remainder.copy_(low)
         self.master.untyped_storage().resize_(0)
+        self.remainder = waiting.to(self.weights.device)
 
     @torch.no_grad()
     def make_whole(self) -> None:

@@ -54,7 +54,7 @@ class State:
         )
 
     def own(self, step: str) -> AdamWTensors:
-        """step: `WIDE` is as our optimizer keeps masters, in two halves; `BESIDE` as DeepSpeed's does."""
+        """step: `WIDE` is as our optimizer keeps masters, in two halves; `BESIDE` whole."""
         own = [weight.detach() for weight in self.weights]
         weights, masters = own, None
         if step == WIDE:

@@ -18,6 +18,12 @@ def halves_kernel(x, high, remainder, again, COUNT: tl.constexpr):
     tl.store(again + at, joined(upper, lower))
 
 
+@triton.jit
+def joined_kernel(high, remainder, x, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(x + at, joined(tl.load(high + at), tl.load(remainder + at)))
+
+
 def by_torch(x):
     high, remainder = split_fp32(x)
     return high, remainder, join_fp32(high, remainder)
@@ -61,6 +67,18 @@ def test_half_way(split, device):
     assert torch.equal(high, x.bfloat16())
     assert torch.equal(again, numbers_of([down - 1, down - 1 + 2**31, up, up + 2**31], device))
     assert torch.equal(again.bfloat16(), high)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_zero_beside_what_another_number_lacked(device):
+    """Somebody has set a weight to 0: nothing is below it, and above it less than any weight."""
+    highs = torch.tensor([0.0, -0.0, 0.0, -0.0], device=device).bfloat16()
+    remainders = torch.tensor([-5, -32768, 5, 32767], dtype=torch.int16, device=device)
+    expected = numbers_of([0, 2**31, 5, 2**31 + 32767], device)
+    assert torch.equal(join_fp32(highs, remainders), expected)
+    again = torch.empty_like(expected)
+    joined_kernel[(1,)](highs.view(torch.int16), remainders, again, COUNT=4)
+    assert torch.equal(again, expected)
 
 
 @BOTH

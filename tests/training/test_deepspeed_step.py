@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neox_hf.training.deepspeed_step import step_at_once
+from neox_hf.training.deepspeed_step import at_once_of, step_at_once
 from neox_hf.training.fused_adamw import FusedAdamW
 from tests.gloo import run_ranks
 
@@ -64,7 +64,8 @@ def trained(at_once: bool, clip: float, device: str) -> list[list[torch.Tensor]]
     engine = engine_of("triton" if at_once else "torch", clip=clip, device=device)
     optimizer = engine.optimizer
     stock = optimizer.step
-    found = step_at_once(optimizer)
+    step_at_once(optimizer)
+    found = at_once_of(optimizer)
     assert (optimizer.step != stock) is at_once is (found is not None)
     generator, seen = torch.Generator().manual_seed(1 + dist.get_rank()), []
     for scale in STEPS:
@@ -118,25 +119,56 @@ def halved(rank: int) -> None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
     optimizer = engine_of("triton").optimizer
-    at_once = step_at_once(optimizer)
-    parameter = optimizer.bf16_groups[0][0]
+    step_at_once(optimizer)
+    at_once = at_once_of(optimizer)
+    step_at_once(optimizer)
+    assert at_once_of(optimizer) is at_once
+    assert at_once_of(engine_of("triton").optimizer) is None
+    (parameter, _), _ = optimizer.bf16_groups
     for step in range(2):
         add_gradients(optimizer, 1.0, torch.Generator().manual_seed(step))
+        optimizer.get_grads_for_reduction()
         optimizer.step()
         assert all(m.untyped_storage().nbytes() == 0 for m in optimizer.fp32_groups_flat_partition)
-        with pytest.raises(RuntimeError, match=r"trainer\.engine\.whole_masters"):
-            safe_get_full_fp32_param(parameter)
         with at_once.whole_masters():
+            with at_once.whole_masters():
+                pass
             master = safe_get_full_fp32_param(parameter)
             assert torch.equal(master.bfloat16(), parameter)
-            safe_set_full_fp32_param(parameter, parameter.float())
-        assert not torch.equal(master, parameter.float())
+            safe_set_full_fp32_param(parameter, master * 0.75)
+        assert torch.equal(parameter, (master * 0.75).bfloat16())
         with at_once.whole_masters():
-            assert torch.equal(safe_get_full_fp32_param(parameter), parameter.float())
+            assert torch.equal(safe_get_full_fp32_param(parameter), master * 0.75)
 
 
-def test_masters_are_kept_in_halves():
-    run_ranks(halved, 1)
+def refused(rank: int) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    optimizer = engine_of("triton").optimizer
+    step_at_once(optimizer)
+    with pytest.raises(RuntimeError, match=r"trainer\.engine\.whole_masters"):
+        safe_get_full_fp32_param(optimizer.bf16_groups[0][0])
+    with pytest.raises(RuntimeError, match="step inside"), at_once_of(optimizer).whole_masters():
+        optimizer.step()
+
+    def fail() -> None:
+        optimizer.fp32_groups_flat_partition[0].data.mul_(2)
+        raise ValueError("the caller's")
+
+    with pytest.raises(ValueError, match="the caller's"), at_once_of(optimizer).whole_masters():
+        fail()
+    assert all(m.untyped_storage().nbytes() == 0 for m in optimizer.fp32_groups_flat_partition)
+    add_gradients(optimizer, 1.0, torch.Generator().manual_seed(0))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_masters_are_kept_in_halves(world_size):
+    run_ranks(halved, world_size)
+
+
+def test_what_needs_whole_masters_says_so():
+    run_ranks(refused, 1)
 
 
 def counted_once(rank: int) -> None:

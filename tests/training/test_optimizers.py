@@ -53,6 +53,23 @@ def test_a_master_is_kept_as_what_the_weight_is_short_of():
         assert torch.equal(master.to(parameter.dtype), parameter)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_weight_that_is_written_to_takes_its_master_with_it(kernels):
+    parameter = torch.nn.Parameter(torch.randn(200).bfloat16())
+    optimizer = MasterAdamW([parameter], kernels=kernels, **HYPER)
+    for step in range(3):
+        draw_gradients([parameter], step)
+        optimizer.step()
+    for value in (0.0, 1.5):
+        with torch.no_grad():
+            parameter.fill_(value)
+        master = optimizer.master_of(parameter)
+        torch.testing.assert_close(master, torch.full_like(master, value), rtol=2**-8, atol=1e-38)
+        draw_gradients([parameter], 3)
+        optimizer.step()
+        assert (parameter - value).abs().max() < 10 * HYPER["lr"]
+
+
 def test_a_state_with_whole_masters_goes_on_with_them():
     """As versions before 2026-11-29 have made them."""
     ours = parameters_of(torch.bfloat16)
