@@ -4,8 +4,8 @@ gradients of its weights.
 The stage before waits for the first alone. When the last micro-batches go back through p stages, each stage waits for
 p - 1 first halves, where it would for whole ones. What the halves compute is the same, in the same order.
 
-Source: Qi et al., 2023, arXiv 2401.10241, which splits backward passes so; here they are computed before
-the next forward pass, so that no stage holds more than it did.
+Source: Qi et al., 2023, arXiv 2401.10241, which splits backward passes so; here the weights' gradients
+are computed before the next forward pass, so that no stage holds more than it did.
 """
 
 from collections import deque
