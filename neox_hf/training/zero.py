@@ -32,8 +32,12 @@ class ZeroEngine(DeepSpeedOptimizer, NativeEngine):
         self.stage: int = trainer.args.deepspeed["zero_optimization"]["stage"]
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        """The model itself, for Accelerate to wrap: in a second `train()`, too, at whose start it has taken the first
+        one's engine apart, with which HF would go on."""
         self.take_accumulation()
-        return model
+        trainer = self.trainer
+        trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+        return trainer.model
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         if self.trainer.deepspeed is not None:
