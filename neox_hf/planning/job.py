@@ -10,6 +10,7 @@ from neox_hf.modeling.partition import stage_bounds
 from neox_hf.modeling.recompute import Recompute
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.dry_run import known_config, parameters_in_words
+from neox_hf.training.optimizers import FUSED
 from neox_hf.training.precision import Precision, precision_of
 from neox_hf.training.recipe import Recipe
 
@@ -23,6 +24,7 @@ class Job:
 
     zero_stage: the one that runs. micro_batch: samples that a rank takes at a time, `accumulation` times a step.
     held: parameters in memory of each rank, by stage. layers: of each stage.
+    step_kernel: whether one kernel may step the optimizer.
     """
 
     config: GPTNeoXConfig
@@ -36,6 +38,7 @@ class Job:
     seq_length: int
     held: tuple[int, ...]
     layers: tuple[int, ...]
+    step_kernel: bool
 
     @classmethod
     def of(cls, recipe: Recipe, world_size: int) -> "Job":
@@ -67,6 +70,7 @@ class Job:
             seq_length=recipe.data.seq_length,
             held=tuple(ranks[0] for ranks in rank_parameters(config, **split)),
             layers=tuple(stop - start for start, stop in pairwise(bounds)),
+            step_kernel=recipe.train.optim == FUSED and config.kernels != "torch",
         )
 
     @property
@@ -95,20 +99,35 @@ class Job:
         return -(-self.config.vocab_size // self.topology.tensor)
 
     @property
+    def sums_gradients(self) -> bool:
+        """Whether products add weights' gradients up; elsewhere DeepSpeed takes them as autograd brings them."""
+        return self.zero_stage <= 1 and not self.offloads
+
+    @property
     def kernels_make_again(self) -> bool:
         """Whether `selective` is the kernels' form; elsewhere it is torch's, which keeps one product more."""
-        sums = self.zero_stage <= 1 and not self.offloads  # elsewhere DeepSpeed takes gradients as autograd brings them
-        return sums and self.precision.weights.itemsize == 2 and not self.precision.scaled
+        return self.sums_gradients and self.precision.weights.itemsize == 2 and not self.precision.scaled
 
     @property
     def steps_at_once(self) -> bool:
         """Whether one kernel steps fp32 masters, kept in halves: our engine's, split models' and ZeRO-1's."""
-        return self.precision.master and not self.precision.scaled and self.zero_stage < 2 and not self.offloads
+        return self.step_kernel and self._has_summed_masters
+
+    @property
+    def halves_masters(self) -> bool:
+        """Whether of a master only what its bf16 weight is short of it is kept between steps."""
+        by_deepspeed = self.topology.splits_model or self.zero_stage > 0
+        return self._has_summed_masters and (self.step_kernel or not by_deepspeed)
 
     @property
     def splits_backward(self) -> bool:
         """Whether stages send their gradients back before they compute those of weights (`training.split_backward`)."""
-        return self.steps_at_once and self.topology.pipeline > 1 == self.topology.tensor and self.recompute == "none"
+        alone = self.topology.pipeline > 1 == self.topology.tensor
+        return self._has_summed_masters and alone and self.recompute == "none"
+
+    @property
+    def _has_summed_masters(self) -> bool:
+        return self.sums_gradients and self.precision.master and not self.precision.scaled
 
     def matrices(self, stage: int) -> int:
         """Elements of the matrices of a stage's layers on each rank."""

@@ -77,7 +77,7 @@ def _step_bytes(job: Job) -> int:
     """Read and written for each parameter that a rank steps, of its gradients' norm too."""
     if job.steps_at_once:
         return 32  # weights, remainders and moments in and out (24), gradients twice (8): one kernel, and the norm
-    if job.zero_stage:
+    if job.zero_stage or job.precision.master:
         # torch's step over fp32 (28); the norm (4); clipping (8); gradients cleared (4); masters to weights (6).
         return 50
     return 8 * job.precision.weights.itemsize  # weights and moments in and out, gradients twice

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from neox_hf.errors import RecipeError
-from neox_hf.modeling.accounting import parameter_count
+from neox_hf.modeling.accounting import rank_parameters
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GELU_FORMS
+from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.training.dry_run import known_config
 from neox_hf.training.first_model import released_config
-from neox_hf.training.precision import precision_here, precision_of
+from neox_hf.training.precision import Precision, precision_here, precision_of
 from neox_hf.training.recipe import Recipe
 
 
@@ -23,8 +24,8 @@ class Sizes:
     form: of GELU; None for another activation. dropout: behind attention and MLP. attention_bias, parallel_residual:
     as in the configuration.
     stream: dtype of the residual stream and of the weights; product: of what matrix products give.
-    gradient: of the weights' gradients. master: whether fp32 masters are stepped. parameters: that this process steps
-    and clips by our kernels; 0 where DeepSpeed does.
+    gradient: of the weights' gradients. master: whether fp32 masters are stepped. parameters: most that a rank holds
+    and our kernels step; 0 where DeepSpeed steps otherwise (`training.deepspeed_step`).
     """
 
     batch: int
@@ -71,7 +72,7 @@ class Sizes:
             product=torch.bfloat16 if precision.autocast else precision.weights,
             gradient=torch.float32 if precision.master else precision.weights,
             master=precision.master,
-            parameters=0 if parallel.needs_deepspeed else parameter_count(config),
+            parameters=_stepped(config, parallel, precision),
         )
 
     @property
@@ -84,6 +85,14 @@ class Sizes:
     @property
     def tokens(self) -> int:
         return self.batch * self.sequence
+
+
+def _stepped(config: GPTNeoXConfig, parallel: ParallelSettings, precision: Precision) -> int:
+    at_once = precision.master and not precision.scaled and parallel.effective_zero_stage == 1
+    if parallel.needs_deepspeed and (not at_once or parallel.offload != "none"):
+        return 0
+    split = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "partition": parallel.partition}
+    return max(ranks[0] for ranks in rank_parameters(config, **split))
 
 
 def _config(recipe: Recipe) -> GPTNeoXConfig:

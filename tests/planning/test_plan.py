@@ -58,6 +58,17 @@ def test_bytes_of_a_parameter_are_those_of_the_documentation(zero_stage, per_par
     assert held == pytest.approx(per_parameter * job.held[0])
 
 
+@pytest.mark.parametrize("setting", ["train.optim=adamw_torch", "model.kernels=torch"])
+def test_torchs_step_needs_whole_masters_in_deepspeeds_hands_alone(setting):
+    for layout, per_parameter in ((1, 16), (2, 18)):
+        job = job_of(setting, f"parallel.tensor={layout}", world_size=layout)
+        (memory,) = memory_of_stages(job)
+        held = (memory.weights + memory.gradients + memory.optimizer) * 2**30
+        assert held == pytest.approx(per_parameter * job.held[0])
+        quick = job_of(f"parallel.tensor={layout}", world_size=layout)
+        assert step_of(job, H200).parts["optimizer"] > 1.3 * step_of(quick, H200).parts["optimizer"]
+
+
 def test_offloading_leaves_weights_and_gradients():
     (stays,) = memory_of_stages(job_of("parallel.zero_stage=1", world_size=2))
     job = job_of("parallel={zero_stage: 1, offload: optimizer}", world_size=2)
@@ -132,7 +143,7 @@ def test_the_bubble_is_the_textbook_s():
     job = four_stages("train.activation_checkpointing=selective")
     assert step_of(job, H200).bubble == pytest.approx(3 / (job.accumulation + 3), rel=0.02)
     uneven = dataclasses.replace(job, layers=(2, 2, 1, 3))
-    assert step_of(uneven, H200).bubble > 1.5 * step_of(job, H200).bubble
+    assert step_of(uneven, H200).bubble > 1.3 * step_of(job, H200).bubble
 
 
 def test_it_is_smaller_where_gradients_go_back_before_those_of_weights_are_there(monkeypatch):
@@ -150,7 +161,7 @@ def test_a_sequential_residual_sends_twice_as_often():
         job_of(f"model={{name: pythia-1.4b, use_parallel_residual: {residual}}}", "parallel.tensor=8", world_size=8)
         for residual in ("true", "false")
     )
-    assert step_of(twice, H200).parts["messages"] > 1.5 * step_of(once, H200).parts["messages"]
+    assert step_of(twice, H200).parts["messages"] > 1.3 * step_of(once, H200).parts["messages"]
     assert step_of(twice, H200).parts["kernels"] > step_of(once, H200).parts["kernels"]
     assert memory_of_stages(twice)[0].activations > memory_of_stages(once)[0].activations
 

@@ -93,7 +93,15 @@ def test_sizes_of_a_tensor_rank():
     found = sizes("parallel.tensor=2", "train.per_device_train_batch_size=4")
     assert (found.batch, found.hidden, found.inner, found.heads) == (4, 2048, 4096, 8)
     assert found.vocabulary is None
-    assert found.parameters == 0
+    assert found.parameters == 707_735_552
+
+
+@pytest.mark.parametrize(
+    ("layout", "stepped"),
+    [("zero_stage: 1", 1_414_647_808), ("zero_stage: 1, offload: optimizer", 0), ("zero_stage: 3", 0)],
+)
+def test_what_our_kernel_steps_under_zero(layout, stepped):
+    assert sizes(f"parallel={{{layout}}}").parameters == stepped
 
 
 def test_a_recipe_whose_vocabulary_is_not_known(tmp_path):
