@@ -61,17 +61,20 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         next_tokens: Tensor,
         head: Tensor | None = None,
         upstream: Tensor | float | None = None,
+        accumulate_into: Tensor | None = None,
     ) -> Tensor:
         """Sum of the losses of next tokens int64 [B, S], -100 for none, given what `finish` returns [B, S, H].
 
         fp32, the same on every rank of a tensor group; logits are never whole. head: the head's weight, if a view of it
-        must be what gets the gradient. upstream: what the sum is about to be multiplied by; see `linear_cross_entropy`.
+        must be what gets the gradient. upstream: what the sum is about to be multiplied by. accumulate_into: where the
+        head's gradient is added at once. Both: see `linear_cross_entropy`.
         """
         return linear_cross_entropy(
             hidden_states.flatten(0, 1),
             self.lm_head.weight if head is None else head,
             next_tokens.flatten(),
             upstream=upstream,
+            accumulate_into=accumulate_into,
             backend=self.kernels,
             **self.words_of_this_rank(),
         )

@@ -22,7 +22,7 @@ from neox_hf.modeling.layer_graphs import LayerGraphs
 from neox_hf.modeling.masks import causal_mask, flash_documents
 from neox_hf.modeling.norms import GPTNeoXLayerNorm
 from neox_hf.modeling.positions import GPTNeoXRotaryEmbedding
-from neox_hf.parallel import TensorRegion, Topology, vocabulary_embedding
+from neox_hf.parallel import TensorRegion, Topology, VocabParallelEmbedding, vocabulary_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,8 @@ def positions_or_default(position_ids: Tensor | None, inputs_embeds: Tensor, pas
 
 def _looked_up(module: nn.Module, input_ids: Tensor, shared: bool, kernels: str) -> Tensor:
     """The module's rows, by our op where that is the same as calling it."""
+    if is_bare(module, VocabParallelEmbedding):
+        return module.look_up(input_ids, shared=shared, kernels=kernels)
     plain = is_bare(module, nn.Embedding) and module.padding_idx is None and module.max_norm is None
     if not plain or module.sparse or module.scale_grad_by_freq:
         return module(input_ids)

@@ -10,8 +10,10 @@ documents are packed, position_ids [B, S].
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
+from neox_hf.kernels.weight_gradient import sum_of
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.topology import Topology
 
@@ -80,13 +82,21 @@ class Stage(nn.Module):
             return model.finish(hidden), head.view_as(head)
         return (hidden, *positions) if positions else hidden
 
-    def loss(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Sum of the losses of next tokens [B, S] given the last stage's outputs, times a weight.
 
-        labels: (next tokens, weight).
+        labels: (next tokens, weight, what the backward pass brings to the sum: the weight, times what it brings here).
         """
-        (hidden, head), (next_tokens, weight) = outputs, labels
-        return self.model.summed_loss(hidden, next_tokens, head, upstream=weight) * weight
+        (hidden, head), (next_tokens, weight, upstream) = outputs, labels
+        into = self._sum_of_head()
+        return self.model.summed_loss(hidden, next_tokens, head, upstream, accumulate_into=into) * weight
+
+    def _sum_of_head(self) -> Tensor | None:
+        """Where the head's gradient is added as it is made, if somebody sums it: as a tensor of its own it would be
+        cast, and cast again. A tied one waits for the embedding's."""
+        head = self.lm_head.weight
+        total = sum_of(head) if torch.is_grad_enabled() and head.requires_grad else None
+        return None if total is None or self.model.config.tie_word_embeddings else total.total(head)
 
 
 def _is_on_meta(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neox_hf.kernels.embedding import embedding
 from neox_hf.parallel.messages import start_gather
 from neox_hf.parallel.shards import Shard, Sharded
 from neox_hf.parallel.tensor_region import TensorRegion
@@ -53,10 +54,15 @@ class VocabParallelEmbedding(nn.Embedding, Sharded):
         self.shard = vocabulary_shard(vocabulary, features, region)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        return self.look_up(input_ids)
+
+    def look_up(self, input_ids: Tensor, *, shared: bool = True, kernels: str = "auto") -> Tensor:
+        """What calling it gives. shared: of `kernels.embedding`. kernels: `auto | triton | torch`."""
         rows = input_ids - self.shard.start
-        elsewhere = (rows < 0) | (rows >= self.shard.length)
-        found = F.embedding(rows.masked_fill(elsewhere, 0), self.weight)
-        return self.region.in_mode(self.training).leave(found.masked_fill(elsewhere[..., None], 0))
+        if self.shard.length < self.num_embeddings:
+            rows = rows.masked_fill(rows >= self.shard.length, -1)  # padding is nobody's
+        found = embedding(rows, self.weight, shared=shared, of_share=True, backend=kernels)
+        return self.region.in_mode(self.training).leave(found)
 
     def shards(self) -> dict[str, Shard]:
         return {"weight": self.shard}

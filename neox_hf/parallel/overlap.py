@@ -147,10 +147,11 @@ class _PostponingGelu(torch.autograd.Function):
         ctx.save_for_backward(weight, None if late else x)
         z, y = gelu_product(x, weight, bias, form, backend)
         ctx.mark_non_differentiable(y)
+        ctx.set_materialize_grads(False)  # autograd would fill a tensor like y with zeros
         return z, y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return None, None, None, None, _gradient_of_input(ctx, gradient), None, None
 
 

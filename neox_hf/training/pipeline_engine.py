@@ -34,8 +34,8 @@ from neox_hf.training.split_backward import PostponedProducts, split_backward
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
 
-Piece = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""One micro-batch for DeepSpeed: what the first stage reads, and (next tokens, weight) for the last."""
+Piece = tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""One micro-batch for DeepSpeed: what the first stage reads, and for the last one what `Stage.loss` wants as labels."""
 
 
 class PipelineEngine(DeepSpeedOptimizer):
@@ -145,10 +145,12 @@ class PipelineEngine(DeepSpeedOptimizer):
 
 
 def _pieces(batches: Sequence[dict[str, Tensor]], weight: Tensor) -> Iterator[Piece]:
+    weight = weight.float()
+    upstream = weight * (1 / len(batches))  # the backward pass begins with one over the micro-batches
     for batch in batches:
         positions = batch.get("position_ids")
         tokens = batch["input_ids"]
-        yield (tokens if positions is None else (tokens, positions)), (batch["shift_labels"], weight.float())
+        yield (tokens if positions is None else (tokens, positions)), (batch["shift_labels"], weight, upstream)
 
 
 def _in_groups(batches: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from neox_hf.kernels import embedding
-from neox_hf.kernels.embedding import embedding_gradient_
+from neox_hf.kernels.embedding import embedding_gradient_, embedding_of_share
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
-from tests.kernels.embedding_cases import CASES, check, in_blocks, words_of
+from tests.kernels.embedding_cases import CASES, check, check_share, in_blocks, words_of
 
 CPU = torch.device("cpu")
 
@@ -96,9 +96,30 @@ def test_compiles_into_one_graph():
     assert weight.grad.sum(1).tolist() == [0, 16, 0, 0, 8]
 
 
-def test_a_fake_tensor_knows_the_op():
-    operands = (torch.empty(9, 24), in_blocks(CPU), torch.randn(241, 24), False)
-    torch.library.opcheck(embedding_gradient_, operands, test_utils=("test_schema", "test_faketensor"))
+def test_a_fake_tensor_knows_the_ops():
+    what = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(
+        embedding_gradient_, (torch.empty(9, 24), in_blocks(CPU), torch.randn(241, 24), False), **what
+    )
+    torch.library.opcheck(embedding_of_share, (in_blocks(CPU), torch.randn(4, 24)), **what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("why", ["frozen", "trained", "summed", "shared"])
+@pytest.mark.parametrize("columns", [24, 300])
+def test_a_share_of_the_vocabulary(columns, why, dtype):
+    """Ids below and beyond, among them whole blocks of 32 tokens, and one that is the last in the order."""
+    check_share(torch.device("cpu"), columns, why, dtype)
+
+
+def test_a_share_that_holds_none_of_the_words():
+    for backend in ("torch", "triton"):
+        weight = torch.randn(5, 8, requires_grad=True)
+        y = embedding(torch.tensor([[-1, 5], [-70, 90]]), weight, of_share=True, backend=backend)
+        y.sum().backward()
+        assert not y.any()
+        assert not weight.grad.any()
+    assert embedding(torch.empty(0, dtype=torch.int64), weight, of_share=True, backend="triton").shape == (0, 8)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neox_hf.kernels.embedding import embedding_gradient_
-from tests.kernels.embedding_cases import CASES, check, in_blocks, words_of
+from tests.kernels.embedding_cases import CASES, check, check_share, in_blocks, words_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -24,6 +24,13 @@ def test_no_further_from_the_truth_than_torch(case, columns, dtype):
         tokens, words = CASES[case]
         ids = words_of(tokens, words, CUDA)
     check(ids, words, columns, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("why", ["frozen", "trained", "summed", "shared"])
+@pytest.mark.parametrize("columns", [8, 300, 4096])
+def test_a_share_of_the_vocabulary(columns, why, dtype):
+    check_share(CUDA, columns, why, dtype)
 
 
 def test_the_same_bits_again():

@@ -139,7 +139,8 @@ def test_a_last_stage_runs_forward_and_backward_without_memory(config, sizes, se
     local_length = length // topology.tensor if sequence else length
     hidden = torch.empty(1, local_length, config.hidden_size, device="meta", requires_grad=True)
     labels = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    stage.loss(stage(hidden), (labels, torch.ones((), device="meta"))).backward()
+    one = torch.ones((), device="meta")
+    stage.loss(stage(hidden), (labels, one, one)).backward()
     assert hidden.grad.shape == hidden.shape
     assert all(parameter.grad.shape == parameter.shape for parameter in stage.parameters())
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.fresh_weights import draw_weights
@@ -36,7 +37,8 @@ def run(stages: list[Stage], positions: torch.Tensor | None) -> torch.Tensor:
     passed = TOKENS if positions is None else (TOKENS, positions)
     for stage in stages:
         passed = stage(passed)
-    return stages[-1].loss(passed, (next_tokens(), torch.tensor(0.5)))
+    weight = torch.tensor(0.5)
+    return stages[-1].loss(passed, (next_tokens(), weight, weight))
 
 
 def next_tokens() -> torch.Tensor:
@@ -63,6 +65,24 @@ def test_loss_and_gradients_are_the_models(tied, positions):
     assert gradients.keys() == {name for name, _ in whole.named_parameters()}
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_whose_gradients_are_summed_has_its_own_summed_at_once(tied):
+    """But a tied one, whose other gradient is autograd's."""
+    _, plain = drawn(config(tie_word_embeddings=tied), rank=1)
+    _, stage = drawn(config(tie_word_embeddings=tied), rank=1)
+    sum_in(stage.lm_head.weight, SumInGrad())
+    hidden = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor(0.5)
+    for each in (plain, stage):
+        passed, there = each(hidden.clone().requires_grad_()), []
+        for share in (0.5, 0.25):  # of the weight: micro-batches of a step of two, and of one of four
+            loss = each.loss(passed, (next_tokens(), weight, weight * share))
+            there.append(each.lm_head.weight.grad is not None)
+            loss.backward(torch.tensor(share), retain_graph=True)
+        assert there == [each is stage and not tied, True]
+    torch.testing.assert_close(stage.lm_head.weight.grad, plain.lm_head.weight.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_only_its_own_modules_are_in_memory_and_trained():
