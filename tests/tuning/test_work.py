@@ -25,6 +25,7 @@ ASKED = {
         "gradient_norm",
         "losses_and_gradient",
         "bias_gelu_forward",
+        "gelu_forward",
         "bias_gelu_backward",
         "gelu_backward",
         "row_norm_forward",
