@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_hf.kernels.column_sums import column_sums, finish_column_sums
+from neox_hf.kernels.column_sums import finish_column_sums
 from neox_hf.kernels.devices import multiprocessors
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.gradient_dtype import gradient_dtype
@@ -26,7 +26,8 @@ from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import heads, whole
 from neox_hf.kernels.registration import register, register_fake
-from neox_hf.kernels.rotary_launches import ASSEMBLE, ASSEMBLE_WITH_SUMS, IN_PLACE, tile
+from neox_hf.kernels.rotary_back import rotary_back_with_sums
+from neox_hf.kernels.rotary_launches import ASSEMBLE, ASSEMBLE_WITH_SUMS, IN_PLACE, tile, without_gaps
 from neox_hf.kernels.selective_checkpoint import selective_mode
 
 KEEPS_ROTATION = "keeps_rotation"
@@ -153,12 +154,6 @@ def _assemble_kernel(
         tl.store(partial + place + 2 * SIZE, tl.sum(of_value, axis=0, keep_dims=True), mask=inside)
 
 
-def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int]:
-    """cos and sin without gaps, and how many elements lie between two batches: 0 where they share the angles."""
-    cos, sin = cos.contiguous(), sin.contiguous()
-    return cos, sin, cos.shape[1] * cos.shape[2] if cos.shape[0] > 1 else 0
-
-
 # A compiler, too, has it rotate in place, where it can prove that nobody reads the buffer afterwards.
 @register("rotary_in_place", mutates=("qkv",))
 def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
@@ -166,7 +161,7 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     batch, sequence, count, _, size = qkv.shape
     if qkv.numel() == 0 or cos.shape[-1] == 0:
         return
-    cos, sin, angles_of_batch = _angles(cos, sin)
+    cos, sin, angles_of_batch = without_gaps(cos, sin)
     half, rows = cos.shape[-1], 2 * count
     launch = IN_PLACE.chosen(qkv.device, qkv.dtype, count, size, half)
     block_tokens, block_rows, block_half = tile(half, rows, launch.elements)
@@ -208,7 +203,7 @@ def rotary_assemble(
         return out, query.new_zeros(0 if sum_dtype is None else count * 3 * size, dtype=sum_dtype)
     # What a sum sends back is one element expanded over all.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    cos, sin, angles_of_batch = _angles(cos, sin)
+    cos, sin, angles_of_batch = without_gaps(cos, sin)
     shape = count, size, cos.shape[-1]
     if sum_dtype is None:
         launch = ASSEMBLE.chosen(query.device, query.dtype, *shape)
@@ -284,8 +279,10 @@ class _Rotary(torch.autograd.Function):
         (cos, sin), dtype = ctx.saved_tensors, ctx.sum_dtype
         buffer = None if torch.compiler.is_compiling() else whole(*gradients)
         if buffer is not None:
+            if dtype is not None:
+                return buffer, None, None, None, rotary_back_with_sums(buffer, cos, sin, dtype)
             rotary_in_place(buffer, cos, sin, True)
-            return buffer, None, None, None, None if dtype is None else column_sums(buffer.flatten(2), dtype)
+            return buffer, None, None, None, None
         if any(gradient is None for gradient in gradients):
             # What is not given is one row of zeros, read again and again.
             nothing = given.new_zeros(given.shape[-1]).expand_as(given)

@@ -14,6 +14,7 @@ from neox_hf.kernels import (
     rotary,
 )
 from neox_hf.kernels.column_sums import column_sums
+from neox_hf.kernels.rotary_back import rotary_back_with_sums
 from neox_hf.tuning.inputs import Random
 from neox_hf.tuning.sizes import Sizes
 from neox_hf.tuning.work import Call, Work, passes
@@ -105,8 +106,14 @@ def rotary_work(s: Sizes) -> Iterator[Work]:
         wanted = [qkv] if bias is None else [qkv, bias]
         return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
 
+    def back_in_place(random: Random) -> Call:
+        gradient, turned = qkv_of(random), angles(random)
+        return lambda: (rotary_back_with_sums(gradient, *turned, torch.float32), gradient)
+
     yield Work("rotary in place", in_place)
     yield Work("rotary, gradients apart", back)
+    if s.attention_bias:
+        yield Work("rotary, gradients in one buffer", back_in_place)
 
 
 def column_work(s: Sizes) -> Iterator[Work]:

@@ -19,6 +19,7 @@ from tests.kernels.elementwise_cases import (
 )
 from tests.kernels.norm_cases import check as check_norm
 from tests.kernels.norm_cases import inputs_of
+from tests.kernels.rotary_back_cases import check_back
 
 DEVICES = [
     *([] if torch.cuda.is_available() else ["cpu"]),
@@ -93,6 +94,7 @@ CASES = {
     ),
     "wide_norm": lambda device: check_norm("rms_norm", inputs_of("rms_norm", (3, 2100), torch.float32, device=device)),
     "rotary": check_rotary,
+    "rotary_back": lambda device: check_back((2, 37, 3, 3, 32), 8, 1, torch.float32, device),
     "loss": check_loss,
     "adamw": check_adamw,
     "gradient_norm": check_gradient_norm,

@@ -9,7 +9,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from neox_hf.kernels import rotary, rotary_launches
 from neox_hf.kernels.qkv_gradient import hand_over, heads, interleaved
 from neox_hf.kernels.rotary import KEEPS_ROTATION, ROTARY
+from neox_hf.kernels.rotary_back import rotary_back_with_sums
 from neox_hf.modeling.recompute import selective_contexts
+from tests.kernels.rotary_back_cases import HEAD_AND_ROTARY_SIZES, check_back
 
 BATCH, SEQUENCE, COUNT, SIZE, ROTATED = 2, 3, 3, 32, 8
 IN_PLACE = torch.ops.neox_hf.rotary_in_place.default
@@ -259,6 +261,19 @@ def test_gradients_that_lie_in_one_buffer_are_rotated_there(between, in_place):
     assert_same((leaf.grad,), (copy.grad,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "rotated"), HEAD_AND_ROTARY_SIZES)
+@pytest.mark.parametrize(("batch", "sequence", "count", "rows"), [(2, 19, 3, 1), (3, 5, 5, 3), (1, 1, 1, 1)])
+def test_a_buffer_turned_back_with_sums(batch, sequence, count, rows, size, rotated, dtype):
+    check_back((batch, sequence, count, 3, size), rotated, rows, dtype, torch.device("cpu"))
+
+
+def test_no_sums_of_no_tokens():
+    sums = rotary_back_with_sums(torch.empty(2, 0, 3, 3, 32), *angles(0, 8), torch.bfloat16)
+    assert sums.dtype == torch.bfloat16
+    assert not sums.any()
+
+
 def test_one_buffer_with_a_second_use_of_the_query():
     cos, sin = angles(SEQUENCE, ROTATED)
     weight = torch.randn(BATCH, COUNT, SEQUENCE, SIZE)
@@ -357,6 +372,7 @@ def test_registered_operators_are_what_they_say():
     torch.library.opcheck(IN_PLACE, (qkv, cos, sin, False), test_utils=checks)
     torch.library.opcheck(ASSEMBLE, (*heads(qkv), cos, sin, True, torch.float32), test_utils=checks)
     torch.library.opcheck(ASSEMBLE, (*heads(qkv), cos, sin, True, None), test_utils=checks)
+    torch.library.opcheck(rotary_back_with_sums, (qkv, cos, sin, torch.bfloat16), test_utils=checks)
 
 
 def test_shapes_alone():

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neox_hf.kernels import rotary
 from neox_hf.modeling.recompute import selective_contexts
+from tests.kernels import rotary_back_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +58,13 @@ def test_no_further_from_fp64_than_the_reference(size, rotated, dtype, batch, se
         for a, b, exact in zip(found, reference, truth, strict=True):
             tiny = 1e-6 * max(exact.abs().max().item(), 1.0)
             assert (a.double() - exact).abs().max() <= (b.double() - exact).abs().max() * 1.05 + tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "rotated"), rotary_back_cases.HEAD_AND_ROTARY_SIZES)
+@pytest.mark.parametrize(("batch", "sequence", "count", "rows"), [(2, 2048, 16, 1), (3, 77, 5, 3), (1, 1, 71, 1)])
+def test_a_buffer_turned_back_with_sums(batch, sequence, count, rows, size, rotated, dtype):
+    rotary_back_cases.check_back((batch, sequence, count, 3, size), rotated, rows, dtype, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 1, 2, 0), (1, 3, 0, 2)])

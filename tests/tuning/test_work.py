@@ -33,6 +33,7 @@ ASKED = {
         "bias_dropout_residual_forward",
         "rotary_in_place",
         "rotary_assemble_with_sums",
+        "rotary_back_with_sums",
         "column_sums",
     }
 }
@@ -41,6 +42,7 @@ ASKED["dropout"] = (ASKED["as released"] | {"dropout_backward", "rotary_assemble
     "adamw",
     "gradient_norm",
     "rotary_assemble_with_sums",
+    "rotary_back_with_sums",
 }
 
 
