@@ -74,6 +74,8 @@ def rotary_back_with_sums(gradient: Tensor, cos: Tensor, sin: Tensor, dtype: tor
     cos, sin, angles_of_batch = without_gaps(cos, sin)
     launch = BACK_WITH_SUMS.chosen(gradient.device, gradient.dtype, count, size, half, gradient.element_size())
     block_tokens, block_rows, block_size = tile(size, rows, launch.elements)
+    # Fewer elements than lanes would be loaded by several, of which one stores them, perhaps before another loads.
+    block_half = max(1 << (half - 1).bit_length(), 32 * launch.warps // (block_tokens * block_rows))
     blocks, programs = -(-rows // block_rows), -(-tokens // block_tokens)
     programs = min(programs, max(multiprocessors(gradient.device) * launch.programs // blocks, 1))
     partial = gradient.new_empty(programs, rows * size, dtype=torch.float32)
@@ -91,7 +93,7 @@ def rotary_back_with_sums(gradient: Tensor, cos: Tensor, sin: Tensor, dtype: tor
         BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
         BLOCK_SIZE=block_size,
-        BLOCK_HALF=1 << (half - 1).bit_length(),
+        BLOCK_HALF=block_half,
         UNDER_WAY=launch.under_way,
         num_warps=launch.warps,
     )

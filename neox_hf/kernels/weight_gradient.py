@@ -97,8 +97,8 @@ def adder_of(weight: Tensor, backend: str = "auto") -> AddProduct | None:
     return partial(total.add_product, weight, backend=backend)
 
 
-def sum_in(weight: nn.Parameter, total: GradientSum) -> None:
-    """Have the gradients of `weight` summed by `total` from now on, wherever it is a linear's."""
+def sum_in(weight: nn.Parameter, total: GradientSum | None) -> None:
+    """Have the gradients of `weight` summed by `total` from now on, wherever it is a linear's; None: by autograd."""
     setattr(weight, ATTRIBUTE, total)
 
 

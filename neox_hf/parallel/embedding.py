@@ -57,7 +57,12 @@ class VocabParallelEmbedding(nn.Embedding, Sharded):
         return self.look_up(input_ids)
 
     def look_up(self, input_ids: Tensor, *, shared: bool = True, kernels: str = "auto") -> Tensor:
-        """What calling it gives. shared: of `kernels.embedding`. kernels: `auto | triton | torch`."""
+        """What calling it gives, of token ids [B, S]. shared: of `kernels.embedding`. kernels: `auto | triton | torch`.
+
+        Raises:
+            ValueError: of `kernels.embedding`.
+            TopologyError: under sequence parallelism S does not divide by the size.
+        """
         rows = input_ids - self.shard.start
         if self.shard.length < self.num_embeddings:
             rows = rows.masked_fill(rows >= self.shard.length, -1)  # padding is nobody's

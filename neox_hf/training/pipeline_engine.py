@@ -52,12 +52,20 @@ class PipelineEngine(DeepSpeedOptimizer):
         """DeepSpeed's engine around this rank's stage; `model` stays what configuration and names are asked of."""
         trainer = self.trainer
         self.take_accumulation()
+        self._let_go()
         self._compile_layers()
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, its topology and its seeds
             deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
             module = StageModule(self.stage, self.topology)
         self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
         return self.driver
+
+    def _let_go(self) -> None:
+        """Of an earlier `train()`'s engine: its last loss holds it, where Python's collector does not see."""
+        if self.driver is not None:
+            self.driver.loss = None
+            self.driver.pipe_buffers.clear()
+            self.driver = None
 
     def begin(self) -> None:
         super().begin()

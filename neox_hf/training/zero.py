@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from neox_hf.kernels.weight_gradient import sum_in
 from neox_hf.modeling.fresh_weights import draw_weights
 from neox_hf.modeling.model import GPTNeoXPreTrainedModel
 from neox_hf.training.deepspeed_optimizer import DeepSpeedOptimizer
@@ -36,6 +37,8 @@ class ZeroEngine(DeepSpeedOptimizer, NativeEngine):
         one's engine apart, with which HF would go on."""
         self.take_accumulation()
         trainer = self.trainer
+        if isinstance(model, deepspeed.DeepSpeedEngine):
+            _let_go(model)
         trainer.model_wrapped, trainer.deepspeed = trainer.model, None
         return trainer.model
 
@@ -60,6 +63,15 @@ class ZeroEngine(DeepSpeedOptimizer, NativeEngine):
         finally:
             trainer.is_deepspeed_enabled = True
             trainer.accelerator._models.clear()
+
+
+def _let_go(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have the model hold on to nothing of `engine`, whose gradients and optimizer would stay in memory with it."""
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        if hook is not None:
+            hook.remove()
+    for parameter in engine.module.parameters():
+        sum_in(parameter, None)
 
 
 def draw_partitioned(

@@ -117,11 +117,10 @@ def rotary_work(s: Sizes) -> Iterator[Work]:
 
 
 def column_work(s: Sizes) -> Iterator[Work]:
-    """Gradients of biases that nothing else sums in passing: of the residual's branches; of query, key and value."""
-    for columns, dtype in ((s.hidden, s.stream), (3 * s.heads * s.head_size, s.product)):
+    """The gradient of the biases of the residual's branches, which nothing else sums in passing."""
 
-        def prepare(random: Random, columns: int = columns, dtype: torch.dtype = dtype) -> Call:
-            x = random.values(dtype, s.tokens, columns)
-            return lambda: (column_sums(x, torch.float32),)
+    def prepare(random: Random) -> Call:
+        x = random.values(s.stream, s.tokens, s.hidden)
+        return lambda: (column_sums(x, torch.float32),)
 
-        yield Work(f"sums of {columns} columns", prepare)
+    yield Work(f"sums of {s.hidden} columns", prepare)

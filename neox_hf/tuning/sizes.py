@@ -8,9 +8,9 @@ from neox_hf.errors import RecipeError
 from neox_hf.modeling.accounting import rank_parameters
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GELU_FORMS
-from neox_hf.parallel.settings import ParallelSettings
 from neox_hf.training.dry_run import known_config
 from neox_hf.training.first_model import released_config
+from neox_hf.training.optimizers import FUSED
 from neox_hf.training.precision import Precision, precision_here, precision_of
 from neox_hf.training.recipe import Recipe
 
@@ -72,7 +72,7 @@ class Sizes:
             product=torch.bfloat16 if precision.autocast else precision.weights,
             gradient=torch.float32 if precision.master else precision.weights,
             master=precision.master,
-            parameters=_stepped(config, parallel, precision),
+            parameters=_stepped(recipe, config, precision),
         )
 
     @property
@@ -87,9 +87,11 @@ class Sizes:
         return self.batch * self.sequence
 
 
-def _stepped(config: GPTNeoXConfig, parallel: ParallelSettings, precision: Precision) -> int:
+def _stepped(recipe: Recipe, config: GPTNeoXConfig, precision: Precision) -> int:
+    parallel = recipe.parallel
     at_once = precision.master and not precision.scaled and parallel.effective_zero_stage == 1
-    if parallel.needs_deepspeed and (not at_once or parallel.offload != "none"):
+    by_kernel = recipe.train.optim == FUSED and config.kernels != "torch"
+    if parallel.needs_deepspeed and (not at_once or not by_kernel or parallel.offload != "none"):
         return 0
     split = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "partition": parallel.partition}
     return max(ranks[0] for ranks in rank_parameters(config, **split))

@@ -18,7 +18,7 @@ ALLOWED = {
     "checkpoint": {"data", "modeling", "parallel", "kernels", "config"},
     "training": {"checkpoint", "data", "modeling", "parallel", "kernels", "config"},
     "planning": {"training", "modeling", "parallel", "kernels", "config"},
-    "tuning": {"training", "modeling", "parallel", "kernels"},
+    "tuning": {"training", "modeling", "kernels"},
 }
 FILES_THAT_MAY_IMPORT = {
     "deepspeed": {

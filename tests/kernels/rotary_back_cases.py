@@ -6,7 +6,7 @@ from neox_hf.kernels import rotary
 from neox_hf.kernels.qkv_gradient import heads
 from neox_hf.kernels.rotary_back import rotary_back_with_sums
 
-HEAD_AND_ROTARY_SIZES = [(32, 8), (64, 16), (80, 20), (96, 24), (128, 32), (256, 64), (64, 64), (80, 80)]
+HEAD_AND_ROTARY_SIZES = [(32, 8), (64, 16), (80, 20), (96, 24), (128, 32), (256, 64), (64, 64), (80, 80), (128, 8)]
 
 
 def angles(length, rotated, batch, device):

@@ -143,7 +143,7 @@ def test_the_bubble_is_the_textbook_s():
     job = four_stages("train.activation_checkpointing=selective")
     assert step_of(job, H200).bubble == pytest.approx(3 / (job.accumulation + 3), rel=0.02)
     uneven = dataclasses.replace(job, layers=(2, 2, 1, 3))
-    assert step_of(uneven, H200).bubble > 1.3 * step_of(job, H200).bubble
+    assert step_of(uneven, H200).bubble > 1.5 * step_of(job, H200).bubble
 
 
 def test_it_is_smaller_where_gradients_go_back_before_those_of_weights_are_there(monkeypatch):
@@ -161,7 +161,7 @@ def test_a_sequential_residual_sends_twice_as_often():
         job_of(f"model={{name: pythia-1.4b, use_parallel_residual: {residual}}}", "parallel.tensor=8", world_size=8)
         for residual in ("true", "false")
     )
-    assert step_of(twice, H200).parts["messages"] > 1.3 * step_of(once, H200).parts["messages"]
+    assert step_of(twice, H200).parts["messages"] > 1.5 * step_of(once, H200).parts["messages"]
     assert step_of(twice, H200).parts["kernels"] > step_of(once, H200).parts["kernels"]
     assert memory_of_stages(twice)[0].activations > memory_of_stages(once)[0].activations
 

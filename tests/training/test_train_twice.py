@@ -17,7 +17,10 @@ def runs(tmp_path_factory) -> Runs:
 
 
 def train_twice(rank: int) -> None:
-    """Four steps, and the others by a second `train()`."""
+    """Four steps, and the others by a second `train()`; of the first one's optimizer nothing is left then."""
+    import gc
+    import weakref
+
     from neox_hf.training.trainer import NeoXTrainer
 
     train = NeoXTrainer.train
@@ -26,7 +29,11 @@ def train_twice(rank: int) -> None:
         steps, trainer.args.max_steps = trainer.args.max_steps, 4
         train(trainer, *args)
         trainer.args.max_steps = steps
-        return train(trainer, "latest")
+        first = weakref.ref(trainer.engine.optimizer)
+        found = train(trainer, "latest")
+        gc.collect()
+        print("the first optimizer is", "there" if first() else "gone")
+        return found
 
     NeoXTrainer.train = in_two
 
@@ -37,6 +44,8 @@ def check(runs: Runs, layout: str, precision: str, **halves: object) -> None:
     run(runs, f"{name}-whole", *how, **halves)
     run(runs, name, *how, **({**halves, "then": train_twice} if halves else {"prepare": train_twice}))
     assert runs.message(name).count("'train_runtime'") == 2
+    gone = layout != "parallel.zero_stage=0"  # there HF goes on with the one it has
+    assert ["the first optimizer is gone" in runs.message(name, rank) for rank in range(2)] == [gone, gone]
     whole, twice = (runs.folder / of / "checkpoint-8" for of in (f"{name}-whole", name))
     for files in ("model*.safetensors", OPTIMIZER):
         assert different(tensors(whole, files), tensors(twice, files)) == []

@@ -107,6 +107,11 @@ def test_what_our_kernel_steps_under_zero(layout, stepped):
     assert sizes(f"parallel={{{layout}}}").parameters == stepped
 
 
+@pytest.mark.parametrize("setting", ["train.optim=adamw_torch", "model.kernels=torch"])
+def test_what_torch_steps_under_zero(setting):
+    assert sizes("parallel.zero_stage=1", setting).parameters == 0
+
+
 def test_a_recipe_whose_vocabulary_is_not_known(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
