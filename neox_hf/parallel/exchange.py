@@ -82,7 +82,7 @@ class Lane:
 
 
 class Exchange:
-    """The messages of a tensor group of two. Both ranks start the same ones, in one order, and wait for those that are
+    """The messages of a group of two. Both ranks start the same ones, in one order, and wait for those that are
     under way before they launch a graph that holds others.
 
     make_place, make_lane, near: what stands for the devices, in tests.
@@ -139,10 +139,10 @@ class Exchange:
             try:
                 place = self._make_place(size, self._group_or_world(), device, 0)
             except RuntimeError as error:
-                logger.warning("Symmetric memory of two tensor ranks: %s", error)
+                logger.warning("Symmetric memory of two ranks: %s", error)
         self._possible = self._agree(place is not None, device)
         if not self._possible:
-            logger.info("The two devices of this tensor group do not share memory by NVLink: messages go through NCCL")
+            logger.info("The two devices of this group do not share memory by NVLink: messages go through NCCL")
             return None
         self._made, self._lane = 1, self._make_lane()
         return place

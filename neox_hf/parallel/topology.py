@@ -16,7 +16,7 @@ AXES = ("pipeline", "data", "tensor")
 class Groups:
     """This rank's process group along each axis. None where the axis is the whole world, or is one process long.
 
-    exchange: what two devices of one tensor group send each other without a process group's help.
+    exchange: what two devices send each other without a process group's help: those of a tensor group, or the only two.
     """
 
     pipeline: dist.ProcessGroup | None = None
@@ -30,7 +30,8 @@ class Topology:
     """Sizes of the three axes, this process's rank and, once connected, its process groups.
 
     All sizes are counts of processes; coordinates count from 0. `sequence`: inside a tensor group, norms and residuals
-    are sharded along the sequence. `copies`: a tensor group of two sums by copies between its devices.
+    are sharded along the sequence. `copies`: a tensor group of two, or two replicas of one process each, if that is all
+    there is, sum by copies between their devices.
     """
 
     pipeline: int = 1
@@ -74,7 +75,7 @@ class Topology:
             tensor=tensor,
             rank=rank,
             sequence=sequence and tensor > 1,
-            copies=copies and tensor == 2,
+            copies=copies and (tensor == 2 or (model_size == 1 and world_size == 2)),
         )
 
     def connect(self) -> "Topology":

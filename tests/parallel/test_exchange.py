@@ -4,64 +4,20 @@ On this host gloo stands for the copies; `test_exchange_gpu.py` has the real one
 """
 
 import dataclasses
-from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from neox_hf import GPTNeoXConfig, GPTNeoXLayer
 from neox_hf.parallel import Topology, exchange, topology
-from neox_hf.parallel.exchange import BESIDE_BYTES, LEAST_BYTES, Exchange
+from neox_hf.parallel.exchange import BESIDE_BYTES, LEAST_BYTES
 from neox_hf.parallel.messages import start_all_reduce, start_sum
 from tests.gloo import run_ranks
+from tests.parallel.gloo_copies import Place, exchange_of
 from tests.parallel.regions import region_of
 
 ELEMENTS = LEAST_BYTES // 4
 """In fp32, of the smallest message that is copied."""
-
-
-class Place:
-    """Room for what the other rank sends, through gloo; `made` of them, of which one is `in_use` once."""
-
-    made: ClassVar[list["Place"]] = []
-
-    def __init__(self, size, group, device, number):
-        self.size, self.number, self.came, self.in_use = size, number, None, False
-        Place.made.append(self)
-
-    def exchange(self, *tensors):
-        assert not self.in_use
-        room, first, *rest = self.size - BESIDE_BYTES, *(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert room / 2 < first <= room
-        assert sum(rest) <= BESIDE_BYTES
-        self.in_use, self.came = True, [torch.empty_like(tensor) for tensor in tensors]
-        other, sent = 1 - dist.get_rank(), [tensor.clone() for tensor in tensors]
-        messages = [dist.P2POp(dist.isend, tensor, other) for tensor in sent]
-        for work in dist.batch_isend_irecv(messages + [dist.P2POp(dist.irecv, tensor, other) for tensor in self.came]):
-            work.wait()
-
-    def summands(self, *tensors):
-        assert self.in_use
-        return [pair[:: 1 - 2 * dist.get_rank()] for pair in zip(tensors, self.came, strict=True)]
-
-    def release(self):
-        self.in_use = False
-
-
-class Lane:
-    def behind_current(self):
-        return nullcontext()
-
-    def mark(self):
-        return SimpleNamespace(wait=lambda: None)
-
-
-def exchange_of(group=None, make_place=Place, near=lambda group, device: True):
-    Place.made.clear()
-    return Exchange(group, make_place, Lane, near)
 
 
 def summand(rank, elements, number):
@@ -213,16 +169,22 @@ def test_a_layer_is_the_same():
 
 
 @pytest.mark.parametrize(
-    ("tensor", "backend", "asked", "copies"),
+    ("world", "tensor", "backend", "asked", "copies"),
     [
-        (2, "nccl", True, True),
-        (2, "cuda:nccl,cpu:gloo", True, True),
-        (2, "nccl", False, False),
-        (2, "gloo", True, False),
-        (4, "nccl", True, False),
+        (2, 2, "nccl", True, True),
+        (2, 2, "cuda:nccl,cpu:gloo", True, True),
+        (2, 2, "nccl", False, False),
+        (2, 2, "gloo", True, False),
+        (4, 4, "nccl", True, False),
+        (1, 1, "nccl", True, False),
+        (2, 1, "nccl", True, True),
+        (2, 1, "nccl", False, False),
+        (2, 1, "gloo", True, False),
+        (4, 1, "nccl", True, False),
     ],
 )
-def test_two_devices_that_may_copy_do(tensor, backend, asked, copies, monkeypatch):
+def test_two_devices_that_may_copy_do(world, tensor, backend, asked, copies, monkeypatch):
     monkeypatch.setattr(topology.dist, "get_backend", lambda group=None: backend)
-    place = Topology.from_world(tensor, 0, tensor=tensor, copies=asked)
+    monkeypatch.setattr(Topology, "_new_groups", lambda place, axis: None)
+    place = Topology.from_world(world, 0, tensor=tensor, copies=asked)
     assert (place.connect().groups.exchange is not None) == copies
