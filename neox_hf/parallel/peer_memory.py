@@ -50,15 +50,27 @@ class PeerMemory:
 
     def exchange(self, *tensors: Tensor) -> None:
         """Send `tensors`, and wait for the other's; on the current stream."""
+        self.send(*tensors)
+        self.expect()
+
+    def send(self, *tensors: Tensor) -> None:
+        """When the other has released what it got before; on the current stream."""
         self._await(self._read)
         for place, tensor in zip(_laid_out(tensors, self._theirs), tensors, strict=True):
             place.copy_(tensor)
         self._signal(self._arrived)
+
+    def expect(self) -> None:
+        """Wait for what the other sends; on the current stream."""
         self._await(self._arrived)
+
+    def came(self, *like: Tensor) -> list[Tensor]:
+        """What the other has sent, in the shapes and dtypes of `like`; until `release`."""
+        return _laid_out(like, self._mine)
 
     def summands(self, *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each of `tensors` and what came for it, in the order of the ranks; until `release`."""
-        pairs = zip(_laid_out(tensors, self._mine), tensors, strict=True)
+        pairs = zip(self.came(*tensors), tensors, strict=True)
         return [(came, tensor) if self._peer == 0 else (tensor, came) for came, tensor in pairs]
 
     def release(self) -> None:
@@ -87,13 +99,18 @@ def _without_multicast() -> Iterator[None]:
             os.environ[NO_MULTICAST] = before
 
 
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Of a message of `tensors`."""
+    return sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
 def _laid_out(tensors: Sequence[Tensor], memory: Tensor) -> list[Tensor]:
     """Views of `memory`, one behind the other, in the shapes and dtypes of `tensors`."""
     views, begin = [], 0
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         views.append(memory[begin : begin + size].view(tensor.dtype).view(tensor.shape))
-        begin += -(-size // ALIGNMENT) * ALIGNMENT
+        begin += bytes_of([tensor])
     return views
 
 

@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from neox_hf.errors import TopologyError
 from neox_hf.parallel.exchange import Exchange
+from neox_hf.parallel.neighbour import Neighbour
+from neox_hf.parallel.pair import Pair
 
 AXES = ("pipeline", "data", "tensor")
 """From the outermost to the innermost: ranks of one tensor group are neighbours."""
@@ -16,13 +18,16 @@ AXES = ("pipeline", "data", "tensor")
 class Groups:
     """This rank's process group along each axis. None where the axis is the whole world, or is one process long.
 
-    exchange: what two devices send each other without a process group's help: those of a tensor group, or the only two.
+    What two devices send each other without a process group's help: `exchange`, those of a tensor group, or the only
+    two; `previous` and `next`, this rank's and that of the stage before or behind.
     """
 
     pipeline: dist.ProcessGroup | None = None
     data: dist.ProcessGroup | None = None
     tensor: dist.ProcessGroup | None = None
     exchange: Exchange | None = None
+    previous: Neighbour | None = None
+    next: Neighbour | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +35,8 @@ class Topology:
     """Sizes of the three axes, this process's rank and, once connected, its process groups.
 
     All sizes are counts of processes; coordinates count from 0. `sequence`: inside a tensor group, norms and residuals
-    are sharded along the sequence. `copies`: a tensor group of two, or two replicas of one process each, if that is all
-    there is, sum by copies between their devices.
+    are sharded along the sequence. `copies`: two devices copy into each other's memory what a tensor group of two sums,
+    what two replicas average that are all there is, and what neighbouring stages send.
     """
 
     pipeline: int = 1
@@ -81,7 +86,9 @@ class Topology:
     def connect(self) -> "Topology":
         """The same place with its process groups. Every rank of the world calls it, once."""
         mine = {axis: self._new_groups(axis) for axis in AXES if 1 < getattr(self, axis) < self.world_size}
-        return dataclasses.replace(self, groups=Groups(**mine, exchange=self._new_exchange(mine.get("tensor"))))
+        if self._may_copy():
+            mine |= {"exchange": self._new_exchange(mine.get("tensor")), **self._new_neighbours()}
+        return dataclasses.replace(self, groups=Groups(**mine))
 
     def axis_ranks(self, axis: str) -> list[list[int]]:
         """World ranks of every group along `axis`, which is one of AXES."""
@@ -94,8 +101,21 @@ class Topology:
         mine, _ = dist.new_subgroups_by_enumeration(self.axis_ranks(axis))
         return mine
 
-    def _new_exchange(self, group: dist.ProcessGroup | None) -> Exchange | None:
-        return Exchange(group) if self.copies and "nccl" in dist.get_backend(group) else None
+    def _may_copy(self) -> bool:
+        return self.copies and "nccl" in dist.get_backend()
+
+    def _new_exchange(self, tensor_group: dist.ProcessGroup | None) -> Exchange | None:
+        pairs = self.tensor == 2 or (not self.splits_model and self.data == 2)
+        return Exchange(Pair(tensor_group)) if pairs else None
+
+    def _new_neighbours(self) -> dict[str, Neighbour]:
+        found = {}
+        for first in range(self.pipeline - 1):
+            ranks = [stages[first : first + 2] for stages in self.axis_ranks("pipeline")]
+            group, _ = dist.new_subgroups_by_enumeration(ranks)
+            if self.pipeline_rank in (first, first + 1):
+                found["next" if self.pipeline_rank == first else "previous"] = Neighbour(Pair(group))
+        return found
 
     def __str__(self) -> str:
         return f"{self.world_size} = {self.pipeline} pipeline x {self.data} data x {self.tensor} tensor"

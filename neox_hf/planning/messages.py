@@ -23,7 +23,7 @@ def layer_seconds(job: Job, device: Device, hides: float) -> float:
         return 0.0
     half = _half_all_reduce(job, device)
     joins = 1 if job.config.use_parallel_residual else 2
-    if job.topology.copies and not job.topology.sequence:
+    if job.topology.copies and job.topology.tensor == 2 and not job.topology.sequence:
         return _layer_seconds_by_copies(job, device, hides, joins)
     if job.topology.sequence:
         # Forward: both column linears gather, each sum is scattered. Backward: each sum's gradient is gathered; beside

@@ -30,6 +30,7 @@ from neox_hf.training.label_weights import count_labels
 from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
 from neox_hf.training.pipeline_module import StageModule
 from neox_hf.training.split_backward import PostponedProducts, split_backward
+from neox_hf.training.stage_messages import StageMessages
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -58,6 +59,7 @@ class PipelineEngine(DeepSpeedOptimizer):
             deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
             module = StageModule(self.stage, self.topology)
         self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
+        self.messages = StageMessages(self.driver, self.topology)
         return self.driver
 
     def _let_go(self) -> None:
@@ -79,7 +81,7 @@ class PipelineEngine(DeepSpeedOptimizer):
         keeps_all = self.trainer.args.recompute == "none"
         if self.topology.pipeline == 1 or self.topology.tensor > 1 or not keeps_all:
             return None
-        return split_backward(self.driver)
+        return split_backward(self.driver, in_pairs=lambda: not self.messages.wait_for_no_one)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Collect the micro-batch; with the last of a step, train on all of them.
@@ -96,6 +98,7 @@ class PipelineEngine(DeepSpeedOptimizer):
             clear_device_cache()
         labels = torch.as_tensor(num_items, device=trainer.args.device).clamp(min=1)
         weight = len(batches) * self.topology.data / labels.double()
+        self.messages.make_room()
         return self.driver.train_batch(_pieces(batches, weight)).detach()
 
     def evaluate(

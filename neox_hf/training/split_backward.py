@@ -58,21 +58,31 @@ class WeightGradients(PipeInstruction):
 
 
 class SplitSchedule(TrainSchedule):
-    """DeepSpeed's 1F1B with `WeightGradients`."""
+    """DeepSpeed's 1F1B with `WeightGradients`. in_pairs: of `with_weight_gradients`."""
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, in_pairs: bool = True) -> None:
+        super().__init__(micro_batches, stages, stage_id)
+        self._in_pairs = in_pairs
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
-        return with_weight_gradients(super().steps())
+        return with_weight_gradients(super().steps(), self._in_pairs)
 
 
-def with_weight_gradients(steps: Iterable[list[PipeInstruction]]) -> Iterator[list[PipeInstruction]]:
-    """Behind each backward pass and the messages that neighbours wait for: its gradient, and, as ranks send and receive
-    in pairs, the activations that the stage before sends when it has got that gradient. No later: the next gradient is
-    received where this one lies, which postponed products read."""
+def with_weight_gradients(
+    steps: Iterable[list[PipeInstruction]], in_pairs: bool = True
+) -> Iterator[list[PipeInstruction]]:
+    """Behind each backward pass and the message that the stage before waits for, its gradient. No later: the next
+    gradient may be received where this one lies, which postponed products read.
+
+    in_pairs: ranks send and receive in pairs, so that the stage before sends the next activations when it has got that
+    gradient, and is not to wait for the products with them.
+    """
+    messages = (SendGrad, RecvActivation) if in_pairs else SendGrad
     due = False
     for commands in steps:
         found: list[PipeInstruction] = []
         for command in commands:
-            if due and not isinstance(command, (SendGrad, RecvActivation)):
+            if due and not isinstance(command, messages):
                 found.append(WeightGradients())
                 due = False
             found.append(command)
@@ -80,9 +90,9 @@ def with_weight_gradients(steps: Iterable[list[PipeInstruction]]) -> Iterator[li
         yield found
 
 
-def split_backward(driver: Driver) -> PostponedProducts:
+def split_backward(driver: Driver, in_pairs: Callable[[], bool] = lambda: True) -> PostponedProducts:
     """Have `driver` run its backward passes in halves; what is given to the result in the first is computed in the
-    second."""
+    second. in_pairs: asked before each step; see `with_weight_gradients`."""
     postponed = PostponedProducts()
 
     def first_half(driver: Driver, buffer_id: int) -> None:
@@ -91,6 +101,8 @@ def split_backward(driver: Driver) -> PostponedProducts:
 
     halves = {BackwardPass: first_half, WeightGradients: lambda driver: postponed.compute()}
     # DeepSpeed makes its engine by itself, and takes neither a class nor a schedule for it.
-    driver._INSTRUCTION_MAP = Driver._INSTRUCTION_MAP | halves
-    driver._train_schedule = lambda: SplitSchedule(driver.micro_batches, driver.num_stages, driver.stage_id)
+    driver._INSTRUCTION_MAP = driver._INSTRUCTION_MAP | halves
+    driver._train_schedule = lambda: SplitSchedule(
+        driver.micro_batches, driver.num_stages, driver.stage_id, in_pairs=in_pairs()
+    )
     return postponed

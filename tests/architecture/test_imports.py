@@ -28,6 +28,7 @@ FILES_THAT_MAY_IMPORT = {
         "training/pipeline_engine.py",
         "training/pipeline_module.py",
         "training/split_backward.py",
+        "training/stage_messages.py",
         "training/zero.py",
     },
     "cutlass": {"kernels/quack_epilogues.py"},

@@ -8,15 +8,19 @@ import torch
 import torch.distributed as dist
 
 from neox_hf.parallel.exchange import BESIDE_BYTES, Exchange
+from neox_hf.parallel.pair import Pair
+from neox_hf.parallel.peer_memory import bytes_of
 
 
 class Place:
-    """Room for what the other rank sends, through gloo; `made` of them, of which one is `in_use` once."""
+    """Room for what the other rank sends, through gloo; `made` of them. One is `in_use` once."""
 
     made: ClassVar[list["Place"]] = []
 
     def __init__(self, size, group, device, number):
-        self.size, self.number, self.came, self.in_use = size, number, None, False
+        self.size, self.number, self.group = size, number, group
+        self.received, self.in_use, self.under_way = None, False, []
+        self.other = dist.get_global_rank(group, 1 - dist.get_rank(group))
         Place.made.append(self)
 
     def exchange(self, *tensors):
@@ -24,18 +28,32 @@ class Place:
         room, first, *rest = self.size - BESIDE_BYTES, *(tensor.numel() * tensor.element_size() for tensor in tensors)
         assert room / 2 < first <= room
         assert sum(rest) <= BESIDE_BYTES
-        self.in_use, self.came = True, [torch.empty_like(tensor) for tensor in tensors]
-        other, sent = 1 - dist.get_rank(), [tensor.clone() for tensor in tensors]
-        messages = [dist.P2POp(dist.isend, tensor, other) for tensor in sent]
-        for work in dist.batch_isend_irecv(messages + [dist.P2POp(dist.irecv, tensor, other) for tensor in self.came]):
-            work.wait()
+        self.send(*tensors)
+        self.in_use = True
+
+    def send(self, *tensors):
+        assert bytes_of(tensors) <= self.size
+        sent = [tensor.clone() for tensor in tensors]
+        self.under_way += [(dist.isend(tensor, self.other, self.group, tag=self.number), tensor) for tensor in sent]
+
+    def expect(self):
+        assert not self.in_use
+        self.in_use = True
+
+    def came(self, *like):
+        assert self.in_use
+        if self.received is None:
+            self.received = [torch.empty_like(tensor) for tensor in like]
+            for tensor in self.received:
+                dist.recv(tensor, self.other, self.group, tag=self.number)
+        return self.received
 
     def summands(self, *tensors):
-        assert self.in_use
-        return [pair[:: 1 - 2 * dist.get_rank()] for pair in zip(tensors, self.came, strict=True)]
+        pairs = zip(tensors, self.came(*tensors), strict=True)
+        return [pair[:: 1 if dist.get_rank(self.group) == 0 else -1] for pair in pairs]
 
     def release(self):
-        self.in_use = False
+        self.in_use, self.received = False, None
 
 
 class Lane:
@@ -45,7 +63,14 @@ class Lane:
     def mark(self):
         return SimpleNamespace(wait=lambda: None)
 
+    def keep(self, tensor):
+        pass
+
+
+def pair_of(group=None, make_place=Place, near=lambda group, device: True):
+    return Pair(group, make_place, Lane, near)
+
 
 def exchange_of(group=None, make_place=Place, near=lambda group, device: True):
     Place.made.clear()
-    return Exchange(group, make_place, Lane, near)
+    return Exchange(pair_of(group, make_place, near))

@@ -1,6 +1,5 @@
 """Messages by copies between two devices; or, on a host with one, between two processes that share it."""
 
-import os
 from multiprocessing import get_context
 
 import pytest
@@ -11,28 +10,16 @@ from torch import nn
 from neox_hf.parallel.data_parallel import DataParallel
 from neox_hf.parallel.exchange import Exchange
 from tests.gloo import run_ranks
+from tests.parallel.two_devices import device_of, pair_in
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
-
-SHARED_DEVICE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
-"""torch's variable: two ranks may have their memory on one device."""
 
 ELEMENTS = 2**21
 """bf16, 4 MiB."""
 
 
-def device_of(rank):
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def exchange_in(group):
-    """It would leave one device for both to NCCL, which refuses that."""
-    if torch.cuda.device_count() > 1:
-        return Exchange(group)
-    os.environ[SHARED_DEVICE] = "1"
-    return Exchange(group, near=lambda group, device: True)
+    return Exchange(pair_in(group))
 
 
 def summand(rank, number, device):
@@ -56,7 +43,7 @@ def many_at_once(rank, of_all):
         for arrival in arrivals:
             arrival.wait()
         alike += [torch.equal(tensor, whole(number + place, device)) for place, tensor in enumerate(tensors)]
-    return all(alike), link._made
+    return all(alike), link._pair.made
 
 
 @pytest.mark.parametrize("of_all", [True, False], ids=["the world", "a group"])
@@ -100,7 +87,7 @@ def in_a_graph(rank):
             outside = summand(rank, 1000 + turn, device)
             link.start(outside, out=outside).wait()
             alike.append(torch.equal(outside, whole(1000 + turn, device)))
-    return all(alike), link._made
+    return all(alike), link._pair.made
 
 
 def test_in_a_graph():
@@ -122,7 +109,7 @@ def replicas_gradients(rank):
                 torch.cuda._sleep(10_000_000)
             replica(x).float().square().mean().backward()
             found.append([parameter.grad.clone() for parameter in model.parameters()])
-        assert not copies or link._made > 0
+        assert not copies or link._pair.made > 0
     pairs = [zip(*steps, strict=True) for steps in zip(found[:3], found[3:], strict=True)]
     return [max((a - b).abs().max().item() / b.abs().max().item() for a, b in pair) for pair in pairs]
 

@@ -1,5 +1,8 @@
 """Backward passes of a pipeline in two halves: what is put off, until when, and that it changes no bit."""
 
+from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,32 +34,44 @@ NEIGHBOURS = {
 }
 
 
-def commands(stages: int, micro_batches: int, kind: type[schedule.TrainSchedule]) -> list[list[str]]:
+def commands(stages: int, micro_batches: int, kind: Callable[..., schedule.TrainSchedule]) -> list[list[str]]:
     """Of each stage."""
     plans = [kind(micro_batches=micro_batches, stages=stages, stage_id=stage) for stage in range(stages)]
     return [[type(command).__name__ for step in plan.steps() for command in step] for plan in plans]
 
 
-def seconds(programs: list[list[str]], costs: dict[str, float]) -> float:
-    """Of a step of stages that do one thing after the other, and wait for each other where they send and receive."""
+def seconds(programs: list[list[str]], costs: dict[str, float], in_pairs: bool = True, last: float = 1.0) -> float:
+    """Of a step of stages that do one thing after the other. in_pairs: who sends waits for who receives; else it goes
+    on, and has sent when it comes to it. last: what passes of the last stage take, of another's."""
     clocks, at = [0.0] * len(programs), [0] * len(programs)
+    sent: dict[tuple[int, int], deque[float]] = defaultdict(deque)
 
     def next_of(stage: int) -> str | None:
         return programs[stage][at[stage]] if at[stage] < len(programs[stage]) else None
 
+    def run(stage: int, command: str) -> None:
+        step, answer = NEIGHBOURS.get(command, (0, ""))
+        other = stage + step
+        if not answer:
+            clocks[stage] += costs.get(command, 0.0) * (last if stage == len(programs) - 1 else 1.0)
+        elif in_pairs:
+            if next_of(other) != answer:
+                return
+            clocks[stage] = clocks[other] = max(clocks[stage], clocks[other])
+            at[other] += 1
+        elif command.startswith("Send"):
+            sent[stage, other].append(clocks[stage])
+        elif sent[other, stage]:
+            clocks[stage] = max(clocks[stage], sent[other, stage].popleft())
+        else:
+            return
+        at[stage] += 1
+
     while any(next_of(stage) for stage in range(len(programs))):
         before = list(at)
         for stage in range(len(programs)):
-            command = next_of(stage)
-            if command in NEIGHBOURS:
-                step, answer = NEIGHBOURS[command]
-                if next_of(stage + step) == answer:
-                    clocks[stage] = clocks[stage + step] = max(clocks[stage], clocks[stage + step])
-                    at[stage] += 1
-                    at[stage + step] += 1
-            elif command:
-                clocks[stage] += costs.get(command, 0.0)
-                at[stage] += 1
+            if (command := next_of(stage)) is not None:
+                run(stage, command)
         assert at != before, "stages wait for each other"
     return max(clocks)
 
@@ -68,17 +83,30 @@ def test_a_stage_waits_for_first_halves(stages, micro_batches):
     halves = seconds(commands(stages, micro_batches, SplitSchedule), COSTS)
     assert whole == 3 * (micro_batches + stages - 1)
     assert halves == whole - (stages - 1)
+    by_copies = commands(stages, micro_batches, partial(SplitSchedule, in_pairs=False))
+    assert seconds(by_copies, COSTS, in_pairs=False) == halves
 
 
+@pytest.mark.parametrize("last", [0.8, 0.9, 0.95])
+def test_a_quicker_last_stage_computes_products_while_it_waits_for_activations(last):
+    """The first one waits for it once, at the beginning. In pairs, products were still to come when the last gradient
+    was due."""
+    programs = {pairs: commands(2, 16, partial(SplitSchedule, in_pairs=pairs)) for pairs in (True, False)}
+    least = 3 * 16 + max(2 * last - 1, 0)
+    assert seconds(programs[False], COSTS, in_pairs=False, last=last) == pytest.approx(least)
+    assert seconds(programs[True], COSTS, last=last) > least + 0.3
+
+
+@pytest.mark.parametrize("in_pairs", [True, False])
 @pytest.mark.parametrize(("stages", "micro_batches"), [(2, 3), (4, 5)])
-def test_every_pass_has_its_second_half_before_the_next_and_the_step(stages, micro_batches):
-    for program in commands(stages, micro_batches, SplitSchedule):
+def test_every_pass_has_its_second_half_before_the_next_and_the_step(stages, micro_batches, in_pairs):
+    for program in commands(stages, micro_batches, partial(SplitSchedule, in_pairs=in_pairs)):
         order = [name for name in program if name in ("BackwardPass", "WeightGradients", "ReduceTiedGrads")]
         assert order == ["BackwardPass", "WeightGradients"] * micro_batches + ["ReduceTiedGrads"]
         for place, name in enumerate(program):
             if name == "SendGrad":
                 behind = program[place + 1 : place + 3]
-                assert "WeightGradients" in behind[: 1 + (behind[0] == "RecvActivation")]
+                assert "WeightGradients" in behind[: 1 + (in_pairs and behind[0] == "RecvActivation")]
 
 
 def test_other_commands_stay_as_they_are():
@@ -123,8 +151,9 @@ def test_the_sum_is_told_of_the_product_at_once_and_has_it_later():
 
 def test_the_driver_runs_halves(monkeypatch):
     log = []
-    driver = SimpleNamespace(micro_batches=2, num_stages=2, stage_id=1)
-    postponed = split_backward(driver)
+    driver = SimpleNamespace(micro_batches=2, num_stages=2, stage_id=1, _INSTRUCTION_MAP=Driver._INSTRUCTION_MAP)
+    pairs = iter([True, False])
+    postponed = split_backward(driver, lambda: next(pairs))
     monkeypatch.setattr(
         Driver, "_exec_backward_pass", lambda self, buffer_id: postponed.take(lambda: log.append(buffer_id))
     )
@@ -132,7 +161,9 @@ def test_the_driver_runs_halves(monkeypatch):
     assert log == []
     driver._INSTRUCTION_MAP[WeightGradients](driver)
     assert log == [3]
-    assert isinstance(driver._train_schedule(), SplitSchedule)
+    schedules = [driver._train_schedule() for _ in range(2)]
+    assert all(isinstance(each, SplitSchedule) for each in schedules)
+    assert [each._in_pairs for each in schedules] == [True, False]
     assert driver._INSTRUCTION_MAP.keys() == {*Driver._INSTRUCTION_MAP, WeightGradients}
 
 
@@ -145,7 +176,7 @@ def test_who_splits(tensor, pipeline, recompute, splits):
     engine = object.__new__(PipelineEngine)
     engine.trainer = SimpleNamespace(args=SimpleNamespace(recompute=recompute))
     engine.topology = SimpleNamespace(tensor=tensor, pipeline=pipeline)
-    engine.driver = SimpleNamespace()
+    engine.driver = SimpleNamespace(_INSTRUCTION_MAP=Driver._INSTRUCTION_MAP)
     assert (engine.postponed_products() is not None) == splits
 
 
