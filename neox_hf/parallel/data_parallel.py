@@ -1,33 +1,32 @@
 """Data parallelism that accumulates and reduces gradients in fp32, whatever the dtype of the weights.
 
 torch's DistributedDataParallel reduces gradients in the dtype of the parameter, so bf16 weights would be averaged in
-bf16. Here each parameter's `.grad` comes to lie in an fp32 view into a flat bucket; a bucket is averaged as soon as
+bf16. Here each parameter's `.grad` comes to lie in an fp32 view into a flat bucket; a bucket is all-reduced as soon as
 the backward pass has filled it, while the rest of the backward pass still runs. Nothing is cleared between steps: what
 comes first overwrites.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
-from neox_hf.parallel.averages import Averages
-from neox_hf.parallel.exchange import Exchange
 
 BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
 @dataclass
 class _Bucket:
-    """Gradients that travel together. `missing` counts those the running backward pass has yet to produce."""
+    """Gradients that travel in one message. `missing` counts those the running backward pass has yet to produce."""
 
     flat: Tensor
     views: list[tuple[nn.Parameter, Tensor]]
     missing: int = 0
+    work: dist.Work | None = field(default=None, repr=False)
 
 
 def accumulate_gradients_in_fp32(module: nn.Module) -> None:
@@ -57,21 +56,17 @@ class DataParallel(nn.Module):
         module: the model; its parameters and buffers are broadcast from the group's first rank.
         group: ranks that hold replicas; None is the whole world.
         bucket_elements: gradients per message. Larger buckets use the network better, smaller ones overlap more.
-        exchange: of `group`, where it is two devices that may copy into each other's memory.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        group: dist.ProcessGroup | None = None,
-        bucket_elements: int = BUCKET_ELEMENTS,
-        exchange: Exchange | None = None,
+        self, module: nn.Module, group: dist.ProcessGroup | None = None, bucket_elements: int = BUCKET_ELEMENTS
     ) -> None:
         super().__init__()
         self.module = module
         self.group = group
         self._synchronise = True
-        self._averages = Averages(group, exchange, bucket_elements)
+        # NCCL divides as it reads; elsewhere that is a pass of its own.
+        self._averages = dist.get_backend(group) == "nccl"
         accumulate_gradients_in_fp32(module)
         self._broadcast_replica()
         self._buckets = self._fill_buckets(bucket_elements)
@@ -138,15 +133,20 @@ class DataParallel(nn.Module):
         for parameter, view in bucket.views:
             if parameter.grad is None:
                 parameter.grad = view.zero_()
-        self._averages.start(bucket.flat)
+        if not self._averages:
+            bucket.flat.div_(dist.get_world_size(self.group))
+        operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
+        bucket.work = dist.all_reduce(bucket.flat, operation, group=self.group, async_op=True)
 
     def _finish(self) -> None:
         """Runs when the backward pass ends: parameters without a gradient leave their bucket unreduced until here."""
         for bucket in self._buckets:
-            if bucket.missing > 0:
+            if bucket.work is None:
                 self._reduce(bucket)
+        for bucket in self._buckets:
+            bucket.work.wait()
+            bucket.work = None
             bucket.missing = len(bucket.views)
-        self._averages.finish()
 
 
 def _bucket_of(parameters: list[nn.Parameter]) -> _Bucket:

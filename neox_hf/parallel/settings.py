@@ -10,9 +10,9 @@ class ParallelSettings:
 
     tensor: ranks that share each matrix. pipeline: ranks that share the stack of layers.
     sequence: shard norms and residuals along the sequence inside a tensor group.
-    messages: how a tensor group sums, and replicas of one process average: `auto` copies each one's summand to the
-        other where these are two devices with NVLink between them, which leaves the multiprocessors to the products;
-        `backend` has NCCL do it everywhere.
+    messages: how a tensor group sums, and neighbouring stages send: `auto` copies into the other's memory where these
+        are two devices with NVLink between them, which leaves the multiprocessors to the products; `backend` has NCCL
+        do it everywhere.
     zero_stage: what data parallelism shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
     offload: `optimizer` keeps the optimizer's state in the host's memory and steps there.
     partition: how layers are dealt to stages: stages of like parameter count, of like length, or the first layer of

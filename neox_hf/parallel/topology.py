@@ -18,8 +18,8 @@ AXES = ("pipeline", "data", "tensor")
 class Groups:
     """This rank's process group along each axis. None where the axis is the whole world, or is one process long.
 
-    What two devices send each other without a process group's help: `exchange`, those of a tensor group, or the only
-    two; `previous` and `next`, this rank's and that of the stage before or behind.
+    What two devices send each other without a process group's help: `exchange`, those of a tensor group; `previous` and
+    `next`, this rank's and that of the stage before or behind.
     """
 
     pipeline: dist.ProcessGroup | None = None
@@ -36,7 +36,7 @@ class Topology:
 
     All sizes are counts of processes; coordinates count from 0. `sequence`: inside a tensor group, norms and residuals
     are sharded along the sequence. `copies`: two devices copy into each other's memory what a tensor group of two sums,
-    what two replicas average that are all there is, and what neighbouring stages send.
+    and what neighbouring stages send.
     """
 
     pipeline: int = 1
@@ -105,8 +105,7 @@ class Topology:
         return self.copies and "nccl" in dist.get_backend()
 
     def _new_exchange(self, tensor_group: dist.ProcessGroup | None) -> Exchange | None:
-        pairs = self.tensor == 2 or (not self.splits_model and self.data == 2)
-        return Exchange(Pair(tensor_group)) if pairs else None
+        return Exchange(Pair(tensor_group)) if self.tensor == 2 else None
 
     def _new_neighbours(self) -> dict[str, Neighbour]:
         found = {}

@@ -99,8 +99,7 @@ class NativeEngine(OptimizerBoxes):
             accumulate_gradients_in_fp32(model)
             return model
         # Device placement and compilation as Accelerate does them, but not its bf16 gradient reduction.
-        replica = self.trainer.accelerator.prepare_model(model, evaluation_mode=True)
-        return DataParallel(replica, exchange=self.topology.groups.exchange)
+        return DataParallel(self.trainer.accelerator.prepare_model(model, evaluation_mode=True))
 
     def begin(self) -> None:
         """Products sum their weights' gradients where no one listens to autograd's own sums, as torch's DDP does. On a

@@ -2,20 +2,16 @@
 
 from functools import partial
 
-import pytest
 import torch
 from torch import nn
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_hf.modeling import layer_graphs
 from neox_hf.modeling.layer_graphs import LayerGraphs
-from neox_hf.parallel import exchange
-from neox_hf.parallel.averages import COPIES_UNDER_WAY
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from tests.gloo import run_ranks
 from tests.modeling.replayed_passes import ComputedPass
 from tests.modeling.small import SMALL
-from tests.parallel.gloo_copies import Place, exchange_of
 
 
 def small_model(seed: int) -> nn.Module:
@@ -29,54 +25,28 @@ def inputs(rank: int, micro: int) -> torch.Tensor:
     return torch.randn(2, 6, generator=torch.Generator().manual_seed(10 * rank + micro)).bfloat16()
 
 
-def two_micro_batches(rank: int, bucket_elements: int, least_copy: int, near: bool) -> tuple[list, int]:
-    """Gradients of the second of two steps, and how much memory was taken for copies of at least `least_copy` bytes."""
-    exchange.LEAST_BYTES = least_copy
-    link = exchange_of(near=lambda group, device: near)
-    replica = DataParallel(small_model(seed=rank), bucket_elements=bucket_elements, exchange=link)
+def two_micro_batches(rank: int, bucket_elements: int) -> list[torch.Tensor]:
+    replica = DataParallel(small_model(seed=rank), bucket_elements=bucket_elements)
     for _ in range(2):  # the second round starts from cleared buckets
         replica.zero_grad()
         with replica.no_sync():
             replica(inputs(rank, 0)).float().pow(2).sum().backward()
         replica(inputs(rank, 1)).float().pow(2).sum().backward()
-    return [parameter.grad for parameter in replica.module.parameters()], len(Place.made)
+    return [parameter.grad for parameter in replica.module.parameters()]
 
 
-@pytest.fixture(scope="module")
-def wanted() -> list[tuple[str, torch.Tensor]]:
-    """Gradients of one process that sees all."""
+def test_two_ranks_equal_one_process():
     whole = small_model(seed=0)
     accumulate_gradients_in_fp32(whole)
     for rank in range(2):
         for micro in range(2):
             (whole(inputs(rank, micro)).float().pow(2).sum() / 2).backward()
-    return [
-        (name, torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad)
-        for name, parameter in whole.named_parameters()
-    ]
-
-
-@pytest.mark.parametrize(
-    ("bucket_elements", "least_copy", "near", "places"),
-    [
-        pytest.param(8, 2**20, True, 0, id="backend"),
-        pytest.param(10**6, 2**20, True, 0, id="backend, one bucket"),
-        pytest.param(10**6, 1, False, 0, id="strangers"),
-        pytest.param(10**6, 1, True, 1, id="copies, one bucket"),
-        pytest.param(8, 1, True, COPIES_UNDER_WAY + 2, id="copies in parts"),  # of 32 bytes, of fewer, and of 16
-        pytest.param(8, 25, True, COPIES_UNDER_WAY, id="copies and backend"),
-    ],
-)
-def test_two_ranks_equal_one_process(wanted, bucket_elements, least_copy, near, places):
-    ranks = run_ranks(two_micro_batches, 2, bucket_elements, least_copy, near)
-    for gradients, made in ranks:
-        assert made <= places
-        assert (made > 0) == (places > 0)
-        for (name, whole), gradient in zip(wanted, gradients, strict=True):
-            assert gradient.dtype == torch.float32, name
-            torch.testing.assert_close(gradient, whole, rtol=1e-2, atol=1e-3, msg=name)
-    for first, second in zip(ranks[0][0], ranks[1][0], strict=True):
-        assert torch.equal(first, second)
+    for bucket_elements in (8, 10**6):
+        for gradients in run_ranks(two_micro_batches, 2, bucket_elements):
+            for (name, parameter), gradient in zip(whole.named_parameters(), gradients, strict=True):
+                wanted = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad
+                assert gradient.dtype == torch.float32, name
+                torch.testing.assert_close(gradient, wanted, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_replicas_start_from_the_first_ranks_weights():

@@ -5,9 +5,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from neox_hf.parallel.data_parallel import DataParallel
 from neox_hf.parallel.exchange import Exchange
 from tests.gloo import run_ranks
 from tests.parallel.two_devices import device_of, pair_in
@@ -92,28 +90,3 @@ def in_a_graph(rank):
 
 def test_in_a_graph():
     assert run_ranks(in_a_graph, 2, context=get_context("spawn")) == [(True, 2)] * 2
-
-
-def replicas_gradients(rank):
-    """Of three steps, of which each has one rank behind; averaged by copies and by the backend."""
-    device, found = device_of(rank), []
-    for copies in (True, False):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(6))).to(device, torch.bfloat16)
-        link = exchange_in(None) if copies else None
-        replica = DataParallel(model, bucket_elements=ELEMENTS // 2, exchange=link)
-        for step in range(3):
-            replica.zero_grad()
-            x = summand(rank, step, device).view(-1, 1024)[:64]
-            if rank == step % 2:
-                torch.cuda._sleep(10_000_000)
-            replica(x).float().square().mean().backward()
-            found.append([parameter.grad.clone() for parameter in model.parameters()])
-        assert not copies or link._pair.made > 0
-    pairs = [zip(*steps, strict=True) for steps in zip(found[:3], found[3:], strict=True)]
-    return [max((a - b).abs().max().item() / b.abs().max().item() for a, b in pair) for pair in pairs]
-
-
-def test_replicas_average_alike_by_copies_and_by_the_backend():
-    for worst in run_ranks(replicas_gradients, 2, context=get_context("spawn")):
-        assert max(worst) < 1e-6

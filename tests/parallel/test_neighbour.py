@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from neox_hf.parallel import topology
 from neox_hf.parallel.neighbour import Neighbour
 from tests.gloo import run_ranks
 from tests.parallel.gloo_copies import Place, pair_of
@@ -84,3 +85,19 @@ def in_a_chain(rank: int) -> list[int]:
 
 def test_stages_in_a_chain():
     assert run_ranks(in_a_chain, 3) == [[], [5, -5], [5, -5]]
+
+
+def whose_neighbours(rank: int) -> tuple[int | None, int | None]:
+    """Ranks of the stages before and behind, as they say themselves."""
+    topology.Pair, topology.Topology._may_copy = pair_of, lambda self: True
+    groups = topology.Topology.from_world(6, rank, pipeline=3, tensor=2).connect().groups
+    mine = [torch.tensor([rank])]
+    links = [link for link in (groups.previous, groups.next) if link is not None]
+    for link in links if rank // 2 % 2 else reversed(links):
+        link.make_room(256, CPU)
+        link.send(mine)
+    return tuple(link and link.receive(mine)[0].item() for link in (groups.previous, groups.next))
+
+
+def test_neighbours_are_the_same_tensor_rank_of_the_stages_beside():
+    assert run_ranks(whose_neighbours, 6) == [(None, 2), (None, 3), (0, 4), (1, 5), (2, None), (3, None)]
