@@ -80,7 +80,7 @@ class Topology:
             tensor=tensor,
             rank=rank,
             sequence=sequence and tensor > 1,
-            copies=copies and (tensor == 2 or (model_size == 1 and world_size == 2)),
+            copies=copies and (tensor == 2 or pipeline > 1),
         )
 
     def connect(self) -> "Topology":

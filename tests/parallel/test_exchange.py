@@ -169,19 +169,26 @@ def test_a_layer_is_the_same():
 
 
 @pytest.mark.parametrize(
-    ("world", "tensor", "backend", "asked", "copies"),
+    ("world", "tensor", "pipeline", "backend", "asked", "copies"),
     [
-        (2, 2, "nccl", True, True),
-        (2, 2, "cuda:nccl,cpu:gloo", True, True),
-        (2, 2, "nccl", False, False),
-        (2, 2, "gloo", True, False),
-        (4, 4, "nccl", True, False),
-        (1, 1, "nccl", True, False),
-        (2, 1, "nccl", True, False),
+        (2, 2, 1, "nccl", True, "exchange"),
+        (2, 2, 1, "cuda:nccl,cpu:gloo", True, "exchange"),
+        (2, 2, 1, "nccl", False, ""),
+        (2, 2, 1, "gloo", True, ""),
+        (4, 4, 1, "nccl", True, ""),
+        (1, 1, 1, None, True, ""),
+        (2, 1, 1, None, True, ""),
+        (2, 1, 2, "nccl", True, "next"),
+        (4, 1, 2, "cuda:nccl,cpu:gloo", True, "next"),
+        (4, 2, 2, "nccl", True, "exchange next"),
+        (2, 1, 2, "nccl", False, ""),
+        (2, 1, 2, "gloo", True, ""),
     ],
 )
-def test_two_devices_that_may_copy_do(world, tensor, backend, asked, copies, monkeypatch):
-    monkeypatch.setattr(topology.dist, "get_backend", lambda group=None: backend)
-    monkeypatch.setattr(Topology, "_new_groups", lambda place, axis: None)
-    place = Topology.from_world(world, 0, tensor=tensor, copies=asked)
-    assert (place.connect().groups.exchange is not None) == copies
+def test_devices_that_may_copy_do(world, tensor, pipeline, backend, asked, copies, monkeypatch):
+    """Where they may not, none is asked for its backend: there may be no process group."""
+    if backend is not None:
+        monkeypatch.setattr(topology.dist, "get_backend", lambda group=None: backend)
+    monkeypatch.setattr(topology.dist, "new_subgroups_by_enumeration", lambda ranks: (None, None))
+    groups = Topology.from_world(world, 0, tensor=tensor, pipeline=pipeline, copies=asked).connect().groups
+    assert [name for name in ("exchange", "previous", "next") if getattr(groups, name)] == copies.split()
