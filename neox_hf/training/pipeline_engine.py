@@ -47,6 +47,7 @@ class PipelineEngine(DeepSpeedOptimizer):
         super().__init__(trainer)
         self.stage = Stage.of_materialised(trainer.model, trainer.topology)
         self.driver: Driver | None = None
+        self._messages: StageMessages | None = None
         self._collected: list[dict[str, Tensor]] = []
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -59,7 +60,7 @@ class PipelineEngine(DeepSpeedOptimizer):
             deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
             module = StageModule(self.stage, self.topology)
         self.driver, trainer.optimizer = trainer.accelerator.prepare(module, trainer.optimizer)
-        self.messages = StageMessages(self.driver, self.topology)
+        self._messages = StageMessages(self.driver, self.topology)
         return self.driver
 
     def _let_go(self) -> None:
@@ -67,7 +68,7 @@ class PipelineEngine(DeepSpeedOptimizer):
         if self.driver is not None:
             self.driver.loss = None
             self.driver.pipe_buffers.clear()
-            self.driver = None
+            self.driver = self._messages = None
 
     def begin(self) -> None:
         super().begin()
@@ -81,7 +82,7 @@ class PipelineEngine(DeepSpeedOptimizer):
         keeps_all = self.trainer.args.recompute == "none"
         if self.topology.pipeline == 1 or self.topology.tensor > 1 or not keeps_all:
             return None
-        return split_backward(self.driver, in_pairs=lambda: not self.messages.wait_for_no_one)
+        return split_backward(self.driver, in_pairs=lambda: not self._messages.wait_for_no_one)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Collect the micro-batch; with the last of a step, train on all of them.
@@ -98,7 +99,7 @@ class PipelineEngine(DeepSpeedOptimizer):
             clear_device_cache()
         labels = torch.as_tensor(num_items, device=trainer.args.device).clamp(min=1)
         weight = len(batches) * self.topology.data / labels.double()
-        self.messages.make_room()
+        self._messages.make_room()
         return self.driver.train_batch(_pieces(batches, weight)).detach()
 
     def evaluate(
