@@ -35,7 +35,7 @@ SELECTIVE, TENSOR, PIPELINE = "activation_checkpointing=selective", "parallel.te
 BACKEND, ZERO_1 = "parallel.messages=backend", "parallel.zero_stage=1"
 
 # GiB allocated at the peak of the fullest rank. Where CUDA graphs' pools hold some, with tensor=2, what is held in all:
-# of 1.4B 14.1 allocated and 6.5 in pools.
+# of 1.4B 14.1 allocated and 6.5 in pools. Of 6.9B the allocator still had what whole masters took: pools were 18.1.
 PEAKS = [
     (39.4, "1.4b", 8, 1, 1, MASTERS),
     (31.4, "1.4b", 8, 1, 1, PURE),
@@ -47,6 +47,9 @@ PEAKS = [
     (102.7, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
     (108.4, "6.9b", 4, 1, 1, MASTERS),
     (133.6, "6.9b", 4, 8, 1, MASTERS),
+    (133.6, "6.9b", 4, 16, 1, MASTERS),
+    (52.1 + 18.1, "6.9b", 4, 16, 2, MASTERS, TENSOR),
+    (86.7, "6.9b", 4, 16, 2, MASTERS, PIPELINE),
 ]
 
 # The same before 2026-11-29, when masters lay whole beside the weights: two bytes of the optimizer's twelve more.
@@ -68,8 +71,8 @@ PEAKS_WITH_WHOLE_MASTERS = [
 RATES = [
     (65_500, 70_300, "1.4b", 8, 1, 1, PURE),
     (63_900, 68_450, "1.4b", 8, 1, 1, MASTERS),
-    (70_050, 71_150, "1.4b", 8, 4, 1, MASTERS),
-    (137_600, 139_200, "1.4b", 8, 4, 2, MASTERS),
+    (69_250, 71_150, "1.4b", 8, 4, 1, MASTERS),
+    (137_200, 139_200, "1.4b", 8, 4, 2, MASTERS),
     (138_100, 138_100, "1.4b", 8, 4, 2, MASTERS, ZERO_1),
     (126_300, 126_300, "1.4b", 8, 8, 2, MASTERS, TENSOR),
     (126_200, 126_200, "1.4b", 8, 8, 2, MASTERS, PIPELINE),
@@ -84,7 +87,9 @@ RATES = [
     (13_300, 14_100, "6.9b", 4, 1, 1, MASTERS, SELECTIVE),
     (14_150, 14_150, "6.9b", 4, 1, 1, MASTERS),
     (15_200, 15_200, "6.9b", 4, 8, 1, MASTERS),
-    (15_500, 15_500, "6.9b", 4, 16, 1, MASTERS),
+    (15_200, 15_500, "6.9b", 4, 16, 1, MASTERS),
+    (28_450, 28_450, "6.9b", 4, 16, 2, MASTERS, TENSOR),
+    (28_250, 28_250, "6.9b", 4, 16, 2, MASTERS, PIPELINE),
     (26_750, 26_750, "6.9b", 4, 16, 2, MASTERS, TENSOR, BACKEND),
     (14_500, 15_150, "6.9b", 4, 16, 1, MASTERS, SELECTIVE),
     (26_300, 26_650, "6.9b", 4, 16, 2, MASTERS, SELECTIVE, TENSOR, BACKEND),
