@@ -72,7 +72,8 @@ def with_weight_gradients(
     steps: Iterable[list[PipeInstruction]], in_pairs: bool = True
 ) -> Iterator[list[PipeInstruction]]:
     """Behind each backward pass and the message that the stage before waits for, its gradient. No later: the next
-    gradient may be received where this one lies, which postponed products read.
+    gradient may be received where this one lies, which postponed products read. So may activations, as DeepSpeed has
+    it, for which `split_backward` sees to other memory.
 
     in_pairs: ranks send and receive in pairs, so that the stage before sends the next activations when it has got that
     gradient, and is not to wait for the products with them.
@@ -99,7 +100,18 @@ def split_backward(driver: Driver, in_pairs: Callable[[], bool] = lambda: True) 
         with postponed.collected():
             Driver._exec_backward_pass(driver, buffer_id)
 
-    halves = {BackwardPass: first_half, WeightGradients: lambda driver: postponed.compute()}
+    receive = driver._INSTRUCTION_MAP[RecvActivation]
+
+    def into_memory_of_their_own(driver: Driver, buffer_id: int) -> None:
+        receive(driver, buffer_id)
+        # DeepSpeed would receive gradients where activations come in, and those come before products that read these.
+        driver._grad_layer_buf = []
+
+    halves = {
+        BackwardPass: first_half,
+        WeightGradients: lambda driver: postponed.compute(),
+        RecvActivation: into_memory_of_their_own,
+    }
     # DeepSpeed makes its engine by itself, and takes neither a class nor a schedule for it.
     driver._INSTRUCTION_MAP = driver._INSTRUCTION_MAP | halves
     driver._train_schedule = lambda: SplitSchedule(

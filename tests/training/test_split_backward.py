@@ -204,9 +204,16 @@ def in_halves_or_whole(rank: int, halves: bool) -> None:
         PipelineEngine.postponed_products = lambda self: None
 
 
-@pytest.mark.parametrize(("stages", "world_size"), [(2, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
-def test_halves_come_to_the_same_bits(runs, stages, world_size):
-    name, settings = f"world-{world_size}", (f"parallel.pipeline={stages}", "train.precision=bf16")
+FOUR_MICRO_BATCHES = ("model.hidden_dropout=0", "model.num_hidden_layers=3", "train.gradient_accumulation_steps=4")
+"""Three stages, of which the middle one receives activations while products wait for what it has received before."""
+
+
+@pytest.mark.parametrize(
+    ("stages", "world_size", "more"),
+    [(2, 2, ()), (3, 3, FOUR_MICRO_BATCHES), pytest.param(2, 4, (), marks=pytest.mark.slow)],
+)
+def test_halves_come_to_the_same_bits(runs, stages, world_size, more):
+    name, settings = f"world-{world_size}", (f"parallel.pipeline={stages}", "train.precision=bf16", *more)
     for halves in (True, False):
         given = {"world_size": world_size, "prepare": in_halves_or_whole, "halves": halves}
         assert runs.run(f"{name}-{halves}", *settings, **given) == [0] * world_size, runs.message(f"{name}-{halves}")

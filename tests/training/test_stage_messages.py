@@ -5,6 +5,7 @@ import pytest
 
 from tests.runs import Runs
 from tests.training.test_pipeline_runs import OPTIMIZER, different, final_log, run, tensors
+from tests.training.test_split_backward import FOUR_MICRO_BATCHES
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,7 @@ def same(runs: Runs, one: str, other: str) -> None:
         pytest.param(
             ("parallel.pipeline=2", "parallel.tensor=2", "train.precision=bf16"), 4, id="tensor", marks=pytest.mark.slow
         ),
+        pytest.param(("parallel.pipeline=3", "train.precision=bf16", *FOUR_MICRO_BATCHES), 3, id="three"),
         pytest.param(
             ("parallel.pipeline=4", "model.num_hidden_layers=4", "train.precision=bf16"), 4, id="four",
             marks=pytest.mark.slow,
