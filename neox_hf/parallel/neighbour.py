@@ -4,6 +4,7 @@ NCCL's messages between two ranks hold up who sends until the other receives. A 
 what was sent before has been taken, and the sender computes on.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from neox_hf.parallel.pair import Pair
 from neox_hf.parallel.peer_memory import PeerMemory, bytes_of
+
+AHEAD = 2
+"""Messages that have been sent and not taken, at most, before the next send waits for the first to leave."""
 
 
 class Neighbour:
@@ -20,13 +24,16 @@ class Neighbour:
         self._pair = pair
         self._place: PeerMemory | None = None
         self._room = 0
+        self._leaving: deque[tuple[list[Tensor], torch.Event]] = deque()
 
     def make_room(self, size: int, device: torch.device) -> None:
         """Have messages of up to `size` bytes carried, if the devices can. Both ranks ask at once."""
         if size <= self._room or not self._pair.reaches:
             return
-        self._place = self._pair.new_place(size, device)
-        self._room = size if self._place else 0
+        room = 1 << (size - 1).bit_length()  # batches of many lengths ask for few
+        place = self._pair.new_place(room, device)
+        if place is not None:
+            self._place, self._room = place, room
 
     @property
     def has_room(self) -> bool:
@@ -38,11 +45,22 @@ class Neighbour:
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         """A copy of each, which may be overwritten as soon as the current stream goes on."""
-        own = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        own = self._copies(tensors)
         with self._pair.lane.behind_current():
             self._place.send(*own)
-        for tensor in own:
-            self._pair.lane.keep(tensor)
+        self._leaving.append((own, self._pair.lane.mark()))
+
+    def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """In memory of those that have left, if they were alike."""
+        own: list[Tensor] = []
+        if len(self._leaving) == AHEAD:
+            own, left = self._leaving.popleft()
+            left.wait()
+        if [(each.shape, each.dtype) for each in own] != [(each.shape, each.dtype) for each in tensors]:
+            own = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        for copy, tensor in zip(own, tensors, strict=True):
+            copy.copy_(tensor.detach())
+        return own
 
     def receive(self, like: Sequence[Tensor]) -> list[Tensor]:
         """The next message; the current stream waits for it. like: tensors of its shapes and dtypes."""

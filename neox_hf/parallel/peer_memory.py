@@ -6,19 +6,21 @@ them.
 """
 
 import ctypes
+import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-PATIENCE_MS = 30 * 60 * 1000
-"""After which a signal that does not come ends the process, as the backend's messages do: TrainingArguments'
-`ddp_timeout`."""
+PATIENCE = timedelta(minutes=30)
+"""After which a signal that does not come ends the process, as the backend's messages do; of TrainingArguments'
+`ddp_timeout` where none is given."""
 
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
@@ -30,22 +32,31 @@ NATIVE_ATOMICS = 3
 
 
 class PeerMemory:
-    """Room for one message of up to `size` bytes in either direction. Both ranks of the group make it at once.
-
-    number: of those that this group has made, so that signals of no two are confused.
+    """Room for one message of up to `size` bytes in either direction, for two ranks that then `meet`.
 
     Raises:
-        RuntimeError: the devices cannot reach each other's memory.
+        RuntimeError: there is no memory left.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device, number: int) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
         with _without_multicast():
             self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-            torch.cuda.synchronize(device)  # its signals are cleared, before the other rank gives one
+        torch.cuda.synchronize(device)  # its signals are cleared, before the other rank gives one
+
+    def meet(self, group: dist.ProcessGroup, number: int, patience: timedelta = PATIENCE) -> None:
+        """Open it to the other rank of the group, and the other's to this one. Both do, at once.
+
+        number: of those that this group has made, so that signals of no two are confused. patience: with a signal.
+
+        Raises:
+            RuntimeError: the devices cannot reach each other's memory.
+        """
+        with _without_multicast():
             self._handle = symmetric_memory.rendezvous(self._mine, group)
         self._peer = 1 - self._handle.rank
-        self._theirs = self._handle.get_buffer(self._peer, (size,), torch.uint8)
+        self._theirs = self._handle.get_buffer(self._peer, tuple(self._mine.shape), torch.uint8)
         self._arrived, self._read = 2 * number, 2 * number + 1
+        self._patience_ms = math.ceil(patience.total_seconds() * 1000)
         self._signal(self._read)
 
     def exchange(self, *tensors: Tensor) -> None:
@@ -78,10 +89,10 @@ class PeerMemory:
         self._signal(self._read)
 
     def _signal(self, what: int) -> None:
-        self._handle.put_signal(self._peer, what, PATIENCE_MS)
+        self._handle.put_signal(self._peer, what, self._patience_ms)
 
     def _await(self, what: int) -> None:
-        self._handle.wait_signal(self._peer, what, PATIENCE_MS)
+        self._handle.wait_signal(self._peer, what, self._patience_ms)
 
 
 @contextmanager

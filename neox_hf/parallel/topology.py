@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -9,6 +10,7 @@ from neox_hf.errors import TopologyError
 from neox_hf.parallel.exchange import Exchange
 from neox_hf.parallel.neighbour import Neighbour
 from neox_hf.parallel.pair import Pair
+from neox_hf.parallel.peer_memory import PATIENCE
 
 AXES = ("pipeline", "data", "tensor")
 """From the outermost to the innermost: ranks of one tensor group are neighbours."""
@@ -83,11 +85,15 @@ class Topology:
             copies=copies and (tensor == 2 or pipeline > 1),
         )
 
-    def connect(self) -> "Topology":
-        """The same place with its process groups. Every rank of the world calls it, once."""
+    def connect(self, patience: timedelta = PATIENCE) -> "Topology":
+        """The same place with its process groups. Every rank of the world calls it, once.
+
+        patience: with copies between devices that do not come; the groups have that of the world's.
+        """
         mine = {axis: self._new_groups(axis) for axis in AXES if 1 < getattr(self, axis) < self.world_size}
         if self._may_copy():
-            mine |= {"exchange": self._new_exchange(mine.get("tensor")), **self._new_neighbours()}
+            exchange = Exchange(Pair(mine.get("tensor"), patience=patience)) if self.tensor == 2 else None
+            mine |= {"exchange": exchange, **self._new_neighbours(patience)}
         return dataclasses.replace(self, groups=Groups(**mine))
 
     def axis_ranks(self, axis: str) -> list[list[int]]:
@@ -104,16 +110,14 @@ class Topology:
     def _may_copy(self) -> bool:
         return self.copies and "nccl" in dist.get_backend()
 
-    def _new_exchange(self, tensor_group: dist.ProcessGroup | None) -> Exchange | None:
-        return Exchange(Pair(tensor_group)) if self.tensor == 2 else None
-
-    def _new_neighbours(self) -> dict[str, Neighbour]:
+    def _new_neighbours(self, patience: timedelta) -> dict[str, Neighbour]:
         found = {}
         for first in range(self.pipeline - 1):
             ranks = [stages[first : first + 2] for stages in self.axis_ranks("pipeline")]
             group, _ = dist.new_subgroups_by_enumeration(ranks)
             if self.pipeline_rank in (first, first + 1):
-                found["next" if self.pipeline_rank == first else "previous"] = Neighbour(Pair(group))
+                pair = Pair(group, patience=patience)
+                found["next" if self.pipeline_rank == first else "previous"] = Neighbour(pair)
         return found
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -38,7 +39,7 @@ def pretrain(recipe: Recipe) -> int:
     disable_progress_bar()  # of writing shards; training's own is HF's callback
     with end_of_gloo(), ExitStack() as held:
         args = recipe.training_arguments()
-        topology = recipe.topology(args.world_size, args.process_index).connect()
+        topology = recipe.topology(args.world_size, args.process_index).connect(timedelta(seconds=args.ddp_timeout))
         _take_output_dir(args, topology, held)
         trainer = build_trainer(recipe, args, topology)
         try:

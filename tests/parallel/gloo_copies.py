@@ -13,15 +13,18 @@ from neox_hf.parallel.peer_memory import bytes_of
 
 
 class Place:
-    """Room for what the other rank sends, through gloo; `made` of them. One is `in_use` once."""
+    """Room for what the other rank sends, through gloo; `made` of them. One is `in_use` once. What is sent waits, as on
+    a device, until what was sent before has been released; there it is a stream that waits."""
 
     made: ClassVar[list["Place"]] = []
 
-    def __init__(self, size, group, device, number):
-        self.size, self.number, self.group = size, number, group
-        self.received, self.in_use, self.under_way = None, False, []
-        self.other = dist.get_global_rank(group, 1 - dist.get_rank(group))
+    def __init__(self, size, device):
+        self.size, self.received, self.in_use, self.under_way = size, None, False, []
         Place.made.append(self)
+
+    def meet(self, group, number, patience):
+        self.number, self.group, self.sent = number, group, 0
+        self.other = dist.get_global_rank(group, 1 - dist.get_rank(group))
 
     def exchange(self, *tensors):
         assert not self.in_use
@@ -33,8 +36,11 @@ class Place:
 
     def send(self, *tensors):
         assert bytes_of(tensors) <= self.size
-        sent = [tensor.clone() for tensor in tensors]
-        self.under_way += [(dist.isend(tensor, self.other, self.group, tag=self.number), tensor) for tensor in sent]
+        if self.sent:
+            dist.recv(torch.empty(1), self.other, self.group, tag=2 * self.number + 1)
+        self.sent += 1
+        for tensor in tensors:
+            self._start(tensor.clone(), 2 * self.number)
 
     def expect(self):
         assert not self.in_use
@@ -45,7 +51,7 @@ class Place:
         if self.received is None:
             self.received = [torch.empty_like(tensor) for tensor in like]
             for tensor in self.received:
-                dist.recv(tensor, self.other, self.group, tag=self.number)
+                dist.recv(tensor, self.other, self.group, tag=2 * self.number)
         return self.received
 
     def summands(self, *tensors):
@@ -54,6 +60,10 @@ class Place:
 
     def release(self):
         self.in_use, self.received = False, None
+        self._start(torch.ones(1), 2 * self.number + 1)
+
+    def _start(self, tensor, tag):
+        self.under_way.append((dist.isend(tensor, self.other, self.group, tag=tag), tensor))
 
 
 class Lane:
@@ -63,12 +73,9 @@ class Lane:
     def mark(self):
         return SimpleNamespace(wait=lambda: None)
 
-    def keep(self, tensor):
-        pass
 
-
-def pair_of(group=None, make_place=Place, near=lambda group, device: True):
-    return Pair(group, make_place, Lane, near)
+def pair_of(group=None, make_place=Place, near=lambda group, device: True, **given):
+    return Pair(group, make_place, Lane, near, **given)
 
 
 def exchange_of(group=None, make_place=Place, near=lambda group, device: True):

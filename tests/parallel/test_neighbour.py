@@ -16,7 +16,7 @@ def message(number: int) -> list[torch.Tensor]:
 
 
 def in_order(rank: int) -> list[bool]:
-    """Three messages down, two up; what is sent may be overwritten at once."""
+    """Three messages down, one ahead, and two up; what is sent may be overwritten at once."""
     link = Neighbour(pair_of())
     link.make_room(512, CPU)
     found = []
@@ -31,11 +31,10 @@ def in_order(rank: int) -> list[bool]:
         came = link.receive(message(0))
         found.extend(torch.equal(a, b) for a, b in zip(came, message(number), strict=True))
 
-    numbers, others = ([1, 2, 3], [11, 12]) if rank == 0 else ([11, 12], [1, 2, 3])
-    for number in numbers:
-        send(number)
-    for number in others:
-        receive(number)
+    turns = [(send, 1), (send, 2), (receive, 11), (send, 3), (receive, 12)]
+    answers = [(receive, 1), (send, 11), (receive, 2), (send, 12), (receive, 3)]
+    for act, number in answers if rank else turns:
+        act(number)
     return found
 
 
@@ -65,6 +64,52 @@ def with_a_stranger(rank: int) -> list[bool]:
 
 def test_devices_that_do_not_reach_each_other_carry_nothing():
     assert run_ranks(with_a_stranger, 2) == [[False, False, 0]] * 2
+
+
+def with_little_memory(rank: int, refusals: list[int]) -> list[bool]:
+    """Of the places that the second rank reserves those of `refusals` are refused, each attempt counted."""
+    attempts = []
+
+    def make_place(size: int, device: torch.device) -> Place:
+        attempts.append(size)
+        if rank == 1 and len(attempts) - 1 in refusals:
+            raise RuntimeError("out of memory")
+        return Place(size, device)
+
+    link = Neighbour(pair_of(make_place=make_place))
+    found = []
+    for size in (512, 2048, 4096):
+        link.make_room(size, CPU)
+        found.append([link.carries(message(1)), link.carries([torch.empty(size)[: size // 4]])])
+    return found
+
+
+def test_memory_that_is_refused_once_is_asked_for_again():
+    """When torch has given back what it keeps."""
+    assert run_ranks(with_little_memory, 2, [0, 2]) == [[[True, True]] * 3] * 2
+
+
+def test_a_place_that_one_rank_is_refused_neither_has_and_both_keep_what_they_had():
+    assert run_ranks(with_little_memory, 2, [1, 2]) == [[[True, True], [True, False], [True, False]]] * 2
+
+
+def of_two_sizes(rank: int) -> list[int]:
+    """Five messages of two sizes."""
+    link = Neighbour(pair_of())
+    link.make_room(1024, CPU)
+    found = []
+    for number in range(5):
+        tensors = [torch.full((4 + number % 2,), number)]
+        if rank == 0:
+            link.send(tensors)
+            tensors[0].zero_()
+        else:
+            found += link.receive(tensors)[0].unique().tolist()
+    return found
+
+
+def test_messages_of_several_shapes():
+    assert run_ranks(of_two_sizes, 2) == [[], [0, 1, 2, 3, 4]]
 
 
 def in_a_chain(rank: int) -> list[int]:

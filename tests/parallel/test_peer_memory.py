@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ class Device:
 
     def handle(self, rank, number):
         def put_signal(peer, channel, timeout_ms):
+            assert timeout_ms == 20_000
             with self.changed:
                 assert (peer, channel) not in self.signals
                 self.signals.add((peer, channel))
@@ -32,7 +34,7 @@ class Device:
 
         def wait_signal(peer, channel, timeout_ms):
             with self.changed:
-                assert self.changed.wait_for(lambda: (rank, channel) in self.signals, 20)
+                assert self.changed.wait_for(lambda: (rank, channel) in self.signals, timeout_ms / 1000)
                 self.signals.remove((rank, channel))
 
         def get_buffer(peer, size, dtype):
@@ -61,7 +63,9 @@ def make(monkeypatch):
 
     def make(rank, number):
         made.rank, made.number = rank, number
-        return PeerMemory(SIZE, None, torch.device("cpu"), number)
+        place = PeerMemory(SIZE, torch.device("cpu"))
+        place.meet(None, number, timedelta(seconds=20))
+        return place
 
     monkeypatch.setattr(peer_memory, "symmetric_memory", SimpleNamespace(empty=empty, rendezvous=rendezvous))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

@@ -1,6 +1,8 @@
 """A pipeline whose stages send by copies, for which gloo stands here, computes what one does whose stages send by
 DeepSpeed."""
 
+from functools import partial
+
 import pytest
 
 from tests.runs import Runs
@@ -29,7 +31,7 @@ def by_copies(rank: int, strangers: tuple[int, ...] = ()) -> None:
         return send
 
     topology.Topology._may_copy = lambda self: True
-    topology.Pair = lambda group: pair_of(group, near=lambda group, device: rank not in strangers)
+    topology.Pair = partial(pair_of, near=lambda group, device: rank not in strangers)
     Neighbour.send = told("copies", Neighbour.send)
     for name in ("_exec_send_activations", "_exec_send_grads"):
         setattr(PipelineEngine, name, told("DeepSpeed", getattr(PipelineEngine, name)))
