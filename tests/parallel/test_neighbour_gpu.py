@@ -16,28 +16,25 @@ ROWS, WIDTH = 4096, 1024
 """bf16, 8 MiB."""
 
 
-def message(number, device):
+def message(number, rows, device):
     random = torch.Generator(device).manual_seed(number)
-    hidden = torch.randn(ROWS, WIDTH, generator=random, device=device).bfloat16()
-    return [hidden, torch.arange(ROWS, device=device) * number]
+    hidden = torch.randn(rows, WIDTH, generator=random, device=device).bfloat16()
+    return [hidden, torch.arange(rows, device=device) * number]
 
 
-def back_and_forth(rank):
-    """The first stage sends 12 messages, up to two ahead of the gradients that come back for them."""
-    device = device_of(rank)
-    link = Neighbour(pair_in(None))
-    link.make_room(ROWS * WIDTH * 2 + ROWS * 8, device)
-    like, alike = message(0, device), []
+def twelve(rank, link, rows, device):
+    """The first stage sends as many, up to two ahead of the gradients that come back for them."""
+    like, alike = message(0, rows, device), []
 
     def send(number):
-        tensors = message(number, device)
+        tensors = message(number, rows, device)
         link.send(tensors)
         for tensor in tensors:
             tensor.zero_()
 
     def receive(number):
         came = link.receive(like)
-        alike.extend(torch.equal(a, b) for a, b in zip(came, message(number, device), strict=True))
+        alike.extend(torch.equal(a, b) for a, b in zip(came, message(number, rows, device), strict=True))
 
     for number in range(1, 13):
         if number % 3 == rank:
@@ -52,8 +49,20 @@ def back_and_forth(rank):
     if rank == 0:
         for number in (11, 12):
             receive(100 + number)
-    return len(alike), all(alike)
+    return alike
+
+
+def back_and_forth(rank):
+    """In memory that grows, and then has room to spare."""
+    device = device_of(rank)
+    link = Neighbour(pair_in(None))
+    alike = []
+    for rows in (ROWS, 2 * ROWS, ROWS // 4):
+        link.make_room(rows * WIDTH * 2 + rows * 8, device)
+        assert link.carries(message(0, rows, device))
+        alike += twelve(rank, link, rows, device)
+    return len(alike), all(alike), link._pair.made
 
 
 def test_messages_between_stages():
-    assert run_ranks(back_and_forth, 2, context=get_context("spawn")) == [(24, True)] * 2
+    assert run_ranks(back_and_forth, 2, context=get_context("spawn")) == [(72, True, 2)] * 2
