@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neox_hf.parallel.pair import Pair
-from neox_hf.parallel.peer_memory import PeerMemory
+from neox_hf.parallel.peer_memory import PeerMemory, room_for
 
 LEAST_BYTES = 2**20
 """Of a message: NCCL is done with smaller ones sooner. But beside a product it is not, and a smaller one may travel in
@@ -81,7 +81,7 @@ class Exchange:
         fits = beside is None or beside.numel() * beside.element_size() <= BESIDE_BYTES
         if size < LEAST_BYTES or not fits or not self.copies:
             return None
-        room = room_for(size)
+        room = room_for(size) + BESIDE_BYTES
         idle = self._idle.setdefault(room, deque())
         place = idle.popleft() if idle else self._new_place(room, tensor.device)
         if place is None:
@@ -92,12 +92,6 @@ class Exchange:
 
     def _new_place(self, size: int, device: torch.device) -> PeerMemory | None:
         return None if is_capturing() else self._pair.new_place(size, device)
-
-
-def room_for(size: int) -> int:
-    """Bytes to reserve for a message: a power of two, so that batches of many lengths take memory for a few, and what
-    may travel beside it."""
-    return (1 << (size - 1).bit_length()) + BESIDE_BYTES
 
 
 def _present(tensor: Tensor, beside: Tensor | None) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neox_hf.parallel.pair import Pair
-from neox_hf.parallel.peer_memory import PeerMemory, bytes_of
+from neox_hf.parallel.peer_memory import PeerMemory, bytes_of, room_for
 
 AHEAD = 2
 """Messages that have been sent and not taken, at most, before the next send waits for the first to leave."""
@@ -30,7 +30,7 @@ class Neighbour:
         """Have messages of up to `size` bytes carried, if the devices can. Both ranks ask at once."""
         if size <= self._room or not self._pair.reaches:
             return
-        room = 1 << (size - 1).bit_length()  # batches of many lengths ask for few
+        room = room_for(size)
         place = self._pair.new_place(room, device)
         if place is not None:
             self._place, self._room = place, room

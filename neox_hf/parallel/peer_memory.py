@@ -110,6 +110,11 @@ def _without_multicast() -> Iterator[None]:
             os.environ[NO_MULTICAST] = before
 
 
+def room_for(size: int) -> int:
+    """Bytes to reserve for a message of `size`: a power of two, so that batches of many lengths take room for a few."""
+    return 1 << (size - 1).bit_length()
+
+
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     """Of a message of `tensors`."""
     return sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors)

@@ -82,7 +82,7 @@ class PipelineEngine(DeepSpeedOptimizer):
         keeps_all = self.trainer.args.recompute == "none"
         if self.topology.pipeline == 1 or self.topology.tensor > 1 or not keeps_all:
             return None
-        return split_backward(self.driver, in_pairs=lambda: not self._messages.wait_for_no_one)
+        return split_backward(self.driver, in_pairs=lambda: self._messages.in_pairs)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
         """Collect the micro-batch; with the last of a step, train on all of them.

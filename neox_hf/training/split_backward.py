@@ -91,7 +91,7 @@ def with_weight_gradients(
         yield found
 
 
-def split_backward(driver: Driver, in_pairs: Callable[[], bool] = lambda: True) -> PostponedProducts:
+def split_backward(driver: Driver, in_pairs: Callable[[], bool]) -> PostponedProducts:
     """Have `driver` run its backward passes in halves; what is given to the result in the first is computed in the
     second. in_pairs: asked before each step; see `with_weight_gradients`."""
     postponed = PostponedProducts()

@@ -138,11 +138,6 @@ def test_devices_that_one_rank_finds_far_go_through_the_backend():
     assert run_ranks(far_for_one, 2) == [(None, False, 0)] * 2
 
 
-@pytest.mark.parametrize(("size", "room"), [(2**20, 2**20), (2**20 + 1, 2**21), (2**21 - 16, 2**21)])
-def test_room(size, room):
-    assert exchange.room_for(size) == room + BESIDE_BYTES
-
-
 def gradients_of_a_layer(rank):
     """The same layer with messages by copies and by gloo: gradients, which differ by rounding."""
     config = GPTNeoXConfig(

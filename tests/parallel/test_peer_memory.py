@@ -165,3 +165,8 @@ def test_without_a_driver_nobody_is_near(monkeypatch):
 
     monkeypatch.setattr(peer_memory.ctypes, "CDLL", missing)
     assert not peer_memory._has_native_atomics(0, 1)
+
+
+@pytest.mark.parametrize(("size", "room"), [(2**20, 2**20), (2**20 + 1, 2**21), (2**21 - 16, 2**21)])
+def test_room(size, room):
+    assert peer_memory.room_for(size) == room
