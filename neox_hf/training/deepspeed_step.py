@@ -10,6 +10,8 @@ the same.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,14 @@ from neox_hf.kernels import ADAMW, TensorTables, clip_coefficient, gradient_squa
 from neox_hf.parallel.messages import reduce_scatter
 from neox_hf.training.fused_adamw import FusedAdamW
 from neox_hf.training.halved_master import HalvedMaster
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+IN_HALVES = (
+    "fp32 masters are kept as what the weights are short of them; DeepSpeed's functions and checkpoints read and write "
+    "them in `with trainer.engine.whole_masters():`, entered on all ranks"
+)
 
 
 def step_at_once(optimizer: object) -> None:
@@ -41,6 +51,10 @@ def step_at_once(optimizer: object) -> None:
         at_once = StepAtOnce(optimizer)
         optimizer.get_grads_for_reduction = at_once.sum_gradients
         optimizer.step, optimizer.clear_hp_grads = at_once.step, at_once.clear_gradients
+        # Its checkpoints would be written, and hold no masters.
+        optimizer.state_dict = at_once.with_whole_masters(optimizer.state_dict)
+        optimizer.load_state_dict = at_once.with_whole_masters(optimizer.load_state_dict)
+        optimizer.refresh_fp32_params = at_once.with_whole_masters(optimizer.refresh_fp32_params)
 
 
 def at_once_of(optimizer: object) -> "StepAtOnce | None":
@@ -68,10 +82,7 @@ class _Halved:
 
     @property
     def data(self) -> Tensor:
-        raise RuntimeError(
-            "fp32 masters are kept as what the weights are short of them; DeepSpeed's functions read and write them in "
-            "`with trainer.engine.whole_masters():`, entered on all ranks"
-        )
+        raise RuntimeError(IN_HALVES)
 
 
 class StepAtOnce:
@@ -101,6 +112,17 @@ class StepAtOnce:
         self._let_go()
         if self._readers == 0:
             self._gather_weights()
+
+    def with_whole_masters(self, method: Callable[P, R]) -> Callable[P, R]:
+        """`method`, which reads or writes masters, refused outside of `whole_masters()`."""
+
+        @wraps(method)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not self._readers:
+                raise RuntimeError(IN_HALVES)
+            return method(*args, **kwargs)
+
+        return guarded
 
     def _make_whole(self) -> None:
         self.inner.halves = None

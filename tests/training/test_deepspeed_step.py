@@ -148,6 +148,9 @@ def refused(rank: int) -> None:
     step_at_once(optimizer)
     with pytest.raises(RuntimeError, match=r"trainer\.engine\.whole_masters"):
         safe_get_full_fp32_param(optimizer.bf16_groups[0][0])
+    for method in (optimizer.state_dict, optimizer.load_state_dict, optimizer.refresh_fp32_params):
+        with pytest.raises(RuntimeError, match=r"trainer\.engine\.whole_masters"):
+            method()
     with pytest.raises(RuntimeError, match="step inside"), at_once_of(optimizer).whole_masters():
         optimizer.step()
 
@@ -160,6 +163,34 @@ def refused(rank: int) -> None:
     assert all(m.untyped_storage().nbytes() == 0 for m in optimizer.fp32_groups_flat_partition)
     add_gradients(optimizer, 1.0, torch.Generator().manual_seed(0))
     optimizer.step()
+
+
+def own_checkpoint(rank: int, folder: str) -> None:
+    """DeepSpeed's, written and read with whole masters: a run that reads it goes on as the one that wrote it."""
+    went_on = []
+    for reads in (False, True):
+        engine = engine_of("triton")
+        optimizer = engine.optimizer
+        step_at_once(optimizer)
+        at_once = at_once_of(optimizer)
+        if reads:
+            with at_once.whole_masters():
+                engine.load_checkpoint(folder, "first")
+        for step in range(reads, 2):
+            add_gradients(optimizer, 1.0, torch.Generator().manual_seed(10 * step + rank))
+            optimizer.get_grads_for_reduction()
+            optimizer.step()
+            if step == 0:
+                with at_once.whole_masters():
+                    engine.save_checkpoint(folder, "first")
+        with at_once.whole_masters():
+            went_on.append([m.clone() for m in optimizer.fp32_groups_flat_partition])
+    assert all(torch.equal(a, b) for a, b in zip(*went_on, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deepspeeds_own_checkpoint(world_size, tmp_path):
+    run_ranks(own_checkpoint, world_size, str(tmp_path))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
