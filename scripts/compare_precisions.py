@@ -43,17 +43,17 @@ def overrides(options: argparse.Namespace, precision: str, folder: Path) -> list
     return [*options.set, *(f"{key}={value}" for key, value in fixed.items())]
 
 
-def losses(recipe: Recipe, stock: bool) -> tuple[list[float], float]:
-    """The loss of each step, and that of the documents held out, at the end."""
+def losses(recipe: Recipe, stock: bool) -> tuple[list[float], list[float], float]:
+    """Loss and gradient norm of each step, and the loss of the documents held out, at the end."""
     args = recipe.training_arguments()
     trainer = build_trainer(recipe, args, recipe.topology(args.world_size, args.process_index).connect())
     if stock:
         trainer = of_stock_model(trainer)
     trainer.train()
-    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     held_out = trainer.evaluate()["eval_loss"]
     trainer.loader.close()
-    return curve, held_out
+    return [entry["loss"] for entry in logs], [entry["grad_norm"] for entry in logs], held_out
 
 
 def of_stock_model(trainer: NeoXTrainer) -> NeoXTrainer:
@@ -104,17 +104,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--window", type=int, default=50)
     parser.add_argument("--set", nargs="+", default=[], help="overrides, as of recipes/pretrain.py")
-    parser.add_argument("--json", type=Path, help="write every loss here")
+    parser.add_argument("--json", type=Path, help="write every loss and gradient norm here")
     options = parser.parse_args()
     curves: dict[str, list[float]] = {}
+    norms: dict[str, list[float]] = {}
     held_out: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.precisions:
             stock, precision = name.startswith(STOCK), name.removeprefix(STOCK)
             recipe = load_recipe(options.config, overrides=overrides(options, precision, Path(folder) / name))
-            curves[name], held_out[name] = losses(recipe, stock)
+            curves[name], norms[name], held_out[name] = losses(recipe, stock)
             if options.json:  # after each run, for a comparison that is cut short
-                options.json.write_text(json.dumps({"losses": curves, "held out": held_out}))
+                options.json.write_text(json.dumps({"losses": curves, "norms": norms, "held out": held_out}))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     report(curves, held_out, options.window)

@@ -34,5 +34,7 @@ def test_the_stock_class_follows(tmp_path, monkeypatch):
     runs = ["--precisions", "stock:fp32", "fp32", "--set", "model.hidden_dropout=0"]
     monkeypatch.setattr("sys.argv", ["compare_precisions.py", *options, *runs])
     compare_precisions.main()
-    losses = json.loads(figures.read_text())["losses"]
-    assert losses["fp32"] == pytest.approx(losses["stock:fp32"], rel=1e-5)
+    written = json.loads(figures.read_text())
+    for curves in (written["losses"], written["norms"]):
+        assert len(curves["fp32"]) == 4
+        assert curves["fp32"] == pytest.approx(curves["stock:fp32"], rel=1e-5)
