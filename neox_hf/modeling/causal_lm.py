@@ -103,12 +103,13 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         *,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_factor: float = 1.0,
         **_: Any,
     ) -> Tensor:
-        """The loss of `causal_lm_loss`, from what `finish` returns [B, S, H]."""
+        """The loss of `causal_lm_loss`, from what `finish` returns [B, S, H]; loss_factor: see `forward`."""
         next_tokens = labels_of_next_tokens(labels, shift_labels, IGNORE_INDEX).to(hidden_states.device)
         count = number_of_labels(next_tokens, num_items_in_batch, IGNORE_INDEX)
-        return self.summed_loss(hidden_states, next_tokens, upstream=1 / count) / count
+        return self.summed_loss(hidden_states, next_tokens, upstream=loss_factor / count) / count
 
     @can_return_tuple
     def forward(
@@ -122,6 +123,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        loss_factor: float = 1.0,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """Logits [B, S, V] and, with labels, the mean loss. A split vocabulary has no logits where there are labels,
@@ -131,8 +133,9 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         are the next tokens already and win. `num_items_in_batch` divides the summed loss where a step has more than
         this batch. logits_to_keep: how many of the last positions to project (0: all), or their indices. skip_logits:
         the loss is all that is wanted; logits are None and never exist as a whole, unless the loss has been replaced or
-        something is attached to the head. None is `skip_logits_in_training` while training, else False. Other
-        arguments: see `GPTNeoXModel`.
+        something is attached to the head. None is `skip_logits_in_training` while training, else False. loss_factor:
+        what the caller is about to multiply that loss by, as HF's trainer does by its replicas; gradients that are made
+        with the loss hold it then, and need not be put right. Other arguments: see `GPTNeoXModel`.
         """
         outputs = self.gpt_neox(
             input_ids,
@@ -148,7 +151,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self.skip_logits_in_training
         if wants_loss and (skip_logits or self.region.size > 1) and self._fuses_head_and_loss():
-            loss = self.loss_without_logits(hidden_states, labels, **kwargs)
+            loss = self.loss_without_logits(hidden_states, labels, loss_factor=loss_factor, **kwargs)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         if wants_loss and loss is None:

@@ -118,17 +118,20 @@ class NativeEngine(OptimizerBoxes):
         graph_layers(self.trainer.model, args, self.topology, ready=ready, reason=reason, unasked=unasked)
 
     def step(self, model: nn.Module, micro_batch: dict[str, Tensor], num_items: Tensor | int | None) -> Tensor:
-        return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(), num_items)
+        return Trainer.training_step(self.trainer, model, micro_batch | self._only_loss(num_items), num_items)
 
-    def _only_loss(self) -> dict[str, bool]:
+    def _only_loss(self, num_items: Tensor | int | None) -> dict[str, Any]:
         """Logits are made where somebody reads them: HF's label smoothing, or a loss function of the user's. And on a
-        CPU, where they are faster and memory is not what runs out."""
+        CPU, where they are faster and memory is not what runs out. HF multiplies a loss over the labels of all
+        processes by their number, since gradients are means over them."""
         trainer = self.trainer
         reads_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
         replaced = type(trainer).compute_loss is not Trainer.compute_loss
         ours = isinstance(trainer.accelerator.unwrap_model(trainer.model), GPTNeoXForCausalLM)
         on_cpu = trainer.args.device.type == "cpu"
-        return {"skip_logits": True} if ours and not (reads_logits or replaced or on_cpu) else {}
+        if not ours or reads_logits or replaced or on_cpu:
+            return {}
+        return {"skip_logits": True, "loss_factor": 1 if num_items is None else trainer.accelerator.num_processes}
 
     def clip_gradients(self, model: nn.Module) -> Tensor:
         norm = None

@@ -1,0 +1,47 @@
+"""What the native engine tells the model of a step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Trainer
+
+from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_hf.training.engine import NativeEngine
+from tests.modeling.small import SMALL
+
+
+class StandIn:
+    """A trainer of three processes, as far as `step` asks it."""
+
+    topology = None
+    label_smoother = compute_loss_func = None
+    compute_loss = Trainer.compute_loss
+
+    def __init__(self, device):
+        self.model = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL))
+        self.args = SimpleNamespace(device=torch.device(device))
+        self.accelerator = SimpleNamespace(num_processes=3, unwrap_model=lambda model: model)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_items", "told"),
+    [
+        ("cuda", torch.tensor(64), {"skip_logits": True, "loss_factor": 3}),
+        ("cuda", None, {"skip_logits": True, "loss_factor": 1}),
+        ("cpu", torch.tensor(64), {}),
+    ],
+)
+def test_the_factor_that_hf_multiplies_the_loss_by(device, num_items, told, monkeypatch):
+    given = {}
+    monkeypatch.setattr(Trainer, "training_step", lambda trainer, model, batch, num_items: given.update(batch))
+    NativeEngine(StandIn(device)).step(None, {"input_ids": None}, num_items)
+    assert given == {"input_ids": None, **told}
+
+
+def test_who_reads_logits_is_given_them(monkeypatch):
+    trainer, given = StandIn("cuda"), {}
+    trainer.label_smoother = object()
+    monkeypatch.setattr(Trainer, "training_step", lambda trainer, model, batch, num_items: given.update(batch))
+    NativeEngine(trainer).step(None, {}, torch.tensor(64))
+    assert given == {}
