@@ -52,9 +52,9 @@ def step_at_once(optimizer: object) -> None:
         optimizer.get_grads_for_reduction = at_once.sum_gradients
         optimizer.step, optimizer.clear_hp_grads = at_once.step, at_once.clear_gradients
         # Its checkpoints would be written, and hold no masters.
-        optimizer.state_dict = at_once.with_whole_masters(optimizer.state_dict)
-        optimizer.load_state_dict = at_once.with_whole_masters(optimizer.load_state_dict)
-        optimizer.refresh_fp32_params = at_once.with_whole_masters(optimizer.refresh_fp32_params)
+        optimizer.state_dict = at_once.needs_whole_masters(optimizer.state_dict)
+        optimizer.load_state_dict = at_once.needs_whole_masters(optimizer.load_state_dict)
+        optimizer.refresh_fp32_params = at_once.needs_whole_masters(optimizer.refresh_fp32_params)
 
 
 def at_once_of(optimizer: object) -> "StepAtOnce | None":
@@ -113,7 +113,7 @@ class StepAtOnce:
         if self._readers == 0:
             self._gather_weights()
 
-    def with_whole_masters(self, method: Callable[P, R]) -> Callable[P, R]:
+    def needs_whole_masters(self, method: Callable[P, R]) -> Callable[P, R]:
         """`method`, which reads or writes masters, refused outside of `whole_masters()`."""
 
         @wraps(method)

@@ -24,6 +24,14 @@ class StandIn:
         self.accelerator = SimpleNamespace(num_processes=3, unwrap_model=lambda model: model)
 
 
+@pytest.fixture
+def given(monkeypatch):
+    """What HF's step is given for the model."""
+    given = {}
+    monkeypatch.setattr(Trainer, "training_step", lambda trainer, model, batch, num_items: given.update(batch))
+    return given
+
+
 @pytest.mark.parametrize(
     ("device", "num_items", "told"),
     [
@@ -32,16 +40,13 @@ class StandIn:
         ("cpu", torch.tensor(64), {}),
     ],
 )
-def test_the_factor_that_hf_multiplies_the_loss_by(device, num_items, told, monkeypatch):
-    given = {}
-    monkeypatch.setattr(Trainer, "training_step", lambda trainer, model, batch, num_items: given.update(batch))
+def test_the_factor_that_hf_multiplies_the_loss_by(device, num_items, told, given):
     NativeEngine(StandIn(device)).step(None, {"input_ids": None}, num_items)
     assert given == {"input_ids": None, **told}
 
 
-def test_who_reads_logits_is_given_them(monkeypatch):
-    trainer, given = StandIn("cuda"), {}
+def test_who_reads_logits_is_given_them(given):
+    trainer = StandIn("cuda")
     trainer.label_smoother = object()
-    monkeypatch.setattr(Trainer, "training_step", lambda trainer, model, batch, num_items: given.update(batch))
     NativeEngine(trainer).step(None, {}, torch.tensor(64))
     assert given == {}
