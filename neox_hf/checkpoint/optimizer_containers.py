@@ -1,7 +1,8 @@
 """Where optimizers keep their state, behind one view: cells, and which elements of which parameters they hold.
 
-A torch optimizer steps the parameters themselves. DeepSpeed's ZeRO-1 and 2, BF16_Optimizer and ZeRO-3 step flat fp32
-tensors, each rank a part of what the data ranks hold together. Nothing of that shows beyond this file.
+A torch optimizer steps the parameters themselves, or, on replicas, parts of them (`parallel/parts.py`). DeepSpeed's
+ZeRO-1 and 2, BF16_Optimizer and ZeRO-3 step flat fp32 tensors, each rank a part of what the data ranks hold together.
+Nothing of that shows beyond this file.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from neox_hf.checkpoint.partitioned import forget_gathered, partition_of, partition_range
 from neox_hf.errors import CheckpointError
 from neox_hf.kernels.split_fp32 import join_fp32
+from neox_hf.parallel.parts import ParameterPart
 
 MASTER = "master"
 Groups = tuple[tuple[dict[str, Any], tuple[nn.Parameter, ...]], ...]
@@ -43,13 +45,19 @@ class Place:
 class Cell:
     """A tensor that the optimizer steps, under which it keeps its state; `group` is its group of hyper-parameters.
 
-    flat: the cell is a master copy, cut from one or more parameters; otherwise it is the one parameter itself.
+    flat: the cell is a master copy, cut from one or more parameters; otherwise it is the one parameter itself, or its
+        part.
     """
 
     key: Tensor
     group: dict[str, Any]
     places: tuple[Place, ...]
     flat: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a parameter itself."""
+        return self.key is self.places[0].parameter
 
 
 @runtime_checkable
@@ -104,12 +112,16 @@ class Container:
         return self.optimizer.state.get(cell.key, {})
 
     def master_of(self, cell: Cell) -> Tensor:
-        """Of a cell that is one parameter, in host memory of its own."""
+        """Of a cell that is one parameter, or a part of one, in host memory of its own."""
         master = self.optimizer.master_of(cell.key)
         return torch.empty_like(master, device="cpu").copy_(master)
 
     def elements(self, cell: Cell, place: Place, slot: str, value: Tensor) -> Tensor:
-        """Those of a flat tensor, `value`, that are of a place."""
+        """Those of `value`, a cell's slot, that are of a place, flat."""
+        if value.is_meta:
+            return self.optimizer.master_of(cell.key).view(-1)
+        if not cell.flat:
+            return value.reshape(-1)
         if slot == MASTER and self.halves is not None:
             return join_fp32(*(half.narrow(0, place.at, place.numel) for half in self.halves[cell.key]))
         return value.narrow(0, place.at, place.numel)
@@ -142,10 +154,9 @@ def container_of(optimizer: Any, data_rank: int) -> Container:
 
 
 def _torch(optimizer: Optimizer) -> Container:
-    groups = tuple((group, tuple(group["params"])) for group in optimizer.param_groups)
-    cells = tuple(
-        Cell(p, group, (Place(p, 0, 0, p.detach().reshape(-1)),), flat=False) for group, ps in groups for p in ps
-    )
+    stepped = [(group, group["params"]) for group in optimizer.param_groups]
+    cells = tuple(Cell(p, group, (_place_of(p),), flat=False) for group, ps in stepped for p in ps)
+    groups = tuple((group, tuple(_place_of(p).parameter for p in ps)) for group, ps in stepped)
 
     @torch.no_grad()
     def publish() -> None:
@@ -153,7 +164,16 @@ def _torch(optimizer: Optimizer) -> Container:
             if MASTER in state:
                 parameter.copy_(state[MASTER])
 
-    return Container(optimizer, groups, cells, publish=publish)
+    scattered = any(not cell.whole for cell in cells)
+    return Container(optimizer, groups, cells, scattered=scattered, publish=publish)
+
+
+def _place_of(stepped: nn.Parameter) -> Place:
+    """Of a parameter, or a part of one."""
+    elements = stepped.detach().reshape(-1)
+    if isinstance(stepped, ParameterPart):
+        return Place(stepped.whole, stepped.start, 0, elements)
+    return Place(stepped, 0, 0, elements)
 
 
 def _flat(zero: Any, parameters: list[list[nn.Parameter]], flats: list[Tensor]) -> Container:

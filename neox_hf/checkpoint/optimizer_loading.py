@@ -1,6 +1,6 @@
 """The state of an optimizer back from disk: each rank reads what it holds, whatever layout and container wrote it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -83,11 +83,15 @@ class _Target:
             check_boxes([box], reader)
 
     def fill(self, reader: BoxReader) -> None:
+        self.elements.copy_(self.read(reader))
+
+    def read(self, reader: BoxReader) -> Tensor:
+        """What is on disk, flat, in host memory."""
         buffer = self.rows.buffer(self.elements.dtype)
         box = self.rows.box(buffer)
         if box is not None:
             fill_boxes([box], reader)
-        self.elements.copy_(self.rows.fragment(buffer))
+        return self.rows.fragment(buffer)
 
 
 class _Plan:
@@ -104,15 +108,15 @@ class _Plan:
         self._states: list[tuple[Cell, dict[str, Any]]] = []
         self._targets: list[_Target] = []
         self._boxes: dict[str, list[Box]] = {}
-        self._made_masters: list[tuple[Cell, Box]] = []
+        self._made_masters: list[tuple[Cell, _Target]] = []
         for cell in container.cells:
             self._plan_cell(cell)
         for target in self._targets:
             target.check(self._readers[target.slot])
         for slot, boxes in self._boxes.items():
             check_boxes(boxes, self._readers[slot])
-        if self._made_masters:
-            check_boxes([box for _, box in self._made_masters], self._readers[MASTER])
+        for _, target in self._made_masters:
+            target.check(self._readers[MASTER])
 
     @torch.no_grad()
     def carry_out(self) -> None:
@@ -129,10 +133,8 @@ class _Plan:
                 optimizer.state[cell.key] = state
             else:
                 optimizer.state.pop(cell.key, None)
-        for cell, box in self._made_masters:  # one after the other: no two are in memory
-            master = torch.empty_like(box.tensor, device="cpu")
-            fill_boxes([replace(box, tensor=master)], self._readers[MASTER])
-            optimizer.take_master(cell.key, master)
+        for cell, target in self._made_masters:  # one after the other: no two are in memory
+            optimizer.take_master(cell.key, target.read(self._readers[MASTER]).view(cell.key.shape))
         self._restore_groups()
 
     def _prepare_flat(self, cell: Cell, state: dict[str, Any]) -> None:
@@ -173,18 +175,22 @@ class _Plan:
         return torch.empty(shape, dtype=getattr(torch, like["dtype"]), device=device)
 
     def _plan_slot(self, slot: str, cell: Cell, place: Place, value: Tensor) -> None:
-        name = self._names[place.parameter]
-        if not cell.flat:
+        if cell.whole and not value.is_meta:
             shard = self._shards.get(place.parameter) if value.shape == cell.key.shape else None
-            box = whole_box(name, value, shard)
-            if value.is_meta:
-                self._made_masters.append((cell, box))
-            elif box is not None:
+            box = whole_box(self._names[place.parameter], value, shard)
+            if box is not None:
                 self._boxes.setdefault(slot, []).append(box)
         elif place.numel:
-            shape, shard = whole_shape(place.parameter), self._shards.get(place.parameter)
-            rows = Rows.holding(name, shape, shard, place.start, place.numel)
-            self._targets.append(_Target(slot, rows, value.detach().narrow(0, place.at, place.numel)))
+            target = self._target(slot, place, value.detach().view(-1))
+            if value.is_meta:
+                self._made_masters.append((cell, target))
+            else:
+                self._targets.append(target)
+
+    def _target(self, slot: str, place: Place, value: Tensor) -> _Target:
+        shape, shard = whole_shape(place.parameter), self._shards.get(place.parameter)
+        rows = Rows.holding(self._names[place.parameter], shape, shard, place.start, place.numel)
+        return _Target(slot, rows, value.narrow(0, place.at, place.numel))
 
     def _check_nothing_is_lost(self, cell: Cell, current: dict[str, Any], state: dict[str, Any]) -> None:
         lost = {key for key, value in current.items() if is_slot(key, value, cell)} - set(state)

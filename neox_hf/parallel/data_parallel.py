@@ -1,9 +1,10 @@
 """Data parallelism that accumulates and reduces gradients in fp32, whatever the dtype of the weights.
 
 torch's DistributedDataParallel reduces gradients in the dtype of the parameter, so bf16 weights would be averaged in
-bf16. Here each parameter's `.grad` comes to lie in an fp32 view into a flat bucket; a bucket is all-reduced as soon as
-the backward pass has filled it, while the rest of the backward pass still runs. Nothing is cleared between steps: what
-comes first overwrites.
+bf16. Here each parameter's `.grad` comes to lie in an fp32 view into a flat bucket; a bucket travels as soon as the
+backward pass has filled it, while the rest of the backward pass still runs. Where the optimizer steps parts
+(`parts.py`), these get the mean gradients, and `.grad` of the parameters is no mean but in that part. Nothing is
+cleared between steps: what comes first overwrites.
 """
 
 from collections.abc import Iterator
@@ -15,18 +16,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
+from neox_hf.parallel.parts import Arrival, ParameterPart, ReplicaParts, pieces_of
 
 BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
 @dataclass
 class _Bucket:
-    """Gradients that travel in one message. `missing` counts those the running backward pass has yet to produce."""
+    """Gradients that travel in one message. `cuts`: of parameters that are cut, this replica's parts with their cuts of
+    the views; a bucket has none or one for each view. `missing` counts those the running backward pass has yet to
+    produce."""
 
     flat: Tensor
     views: list[tuple[nn.Parameter, Tensor]]
+    cuts: list[tuple[ParameterPart, Tensor]]
     missing: int = 0
-    work: dist.Work | None = field(default=None, repr=False)
+    work: Arrival | None = field(default=None, repr=False)
 
 
 def accumulate_gradients_in_fp32(module: nn.Module) -> None:
@@ -56,14 +61,20 @@ class DataParallel(nn.Module):
         module: the model; its parameters and buffers are broadcast from the group's first rank.
         group: ranks that hold replicas; None is the whole world.
         bucket_elements: gradients per message. Larger buckets use the network better, smaller ones overlap more.
+        parts: of the group, what each replica steps; without them every replica is sent all gradients.
     """
 
     def __init__(
-        self, module: nn.Module, group: dist.ProcessGroup | None = None, bucket_elements: int = BUCKET_ELEMENTS
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup | None = None,
+        bucket_elements: int = BUCKET_ELEMENTS,
+        parts: ReplicaParts | None = None,
     ) -> None:
         super().__init__()
         self.module = module
         self.group = group
+        self.parts = parts
         self._synchronise = True
         # NCCL divides as it reads; elsewhere that is a pass of its own.
         self._averages = dist.get_backend(group) == "nccl"
@@ -88,7 +99,7 @@ class DataParallel(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         for bucket in self._buckets:
             bucket.missing = len(bucket.views)
-            for parameter, _ in bucket.views:
+            for parameter, _ in [*bucket.views, *bucket.cuts]:
                 parameter.grad = None
 
     def _broadcast_replica(self) -> None:
@@ -99,15 +110,15 @@ class DataParallel(nn.Module):
     def _fill_buckets(self, bucket_elements: int) -> list[_Bucket]:
         # Reverse order of definition is roughly the order in which the backward pass produces gradients.
         trainable = [p for p in reversed(list(self.module.parameters())) if p.requires_grad]
-        groups: list[list[nn.Parameter]] = []
-        room = 0
+        alike: dict[tuple, list[nn.Parameter]] = {}
         for parameter in trainable:
-            if not groups or parameter.numel() > room or parameter.device != groups[-1][0].device:
-                groups.append([])
-                room = bucket_elements
-            groups[-1].append(parameter)
-            room -= parameter.numel()
-        return [_bucket_of(group) for group in groups]
+            is_cut = self.parts is not None and parameter in self.parts
+            alike.setdefault((parameter.device, is_cut), []).append(parameter)
+        return [
+            _bucket_of(piece, self.parts if is_cut else None)
+            for (_, is_cut), group in alike.items()
+            for piece in pieces_of(group, bucket_elements)
+        ]
 
     def _register_hooks(self) -> None:
         for bucket in self._buckets:
@@ -136,7 +147,11 @@ class DataParallel(nn.Module):
         if not self._averages:
             bucket.flat.div_(dist.get_world_size(self.group))
         operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        bucket.work = dist.all_reduce(bucket.flat, operation, group=self.group, async_op=True)
+        if bucket.cuts:
+            pairs = [(cut, view) for (_, cut), (_, view) in zip(bucket.cuts, bucket.views, strict=True)]
+            bucket.work = self.parts.start_reduction(pairs, operation)
+        else:
+            bucket.work = dist.all_reduce(bucket.flat, operation, group=self.group, async_op=True)
 
     def _finish(self) -> None:
         """Runs when the backward pass ends: parameters without a gradient leave their bucket unreduced until here."""
@@ -147,12 +162,15 @@ class DataParallel(nn.Module):
             bucket.work.wait()
             bucket.work = None
             bucket.missing = len(bucket.views)
+            for part, cut in bucket.cuts:
+                part.grad = cut
 
 
-def _bucket_of(parameters: list[nn.Parameter]) -> _Bucket:
+def _bucket_of(parameters: list[nn.Parameter], parts: ReplicaParts | None) -> _Bucket:
     flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
     views, start = [], 0
     for parameter in parameters:
         views.append((parameter, flat[start : start + parameter.numel()].view(parameter.shape)))
         start += parameter.numel()
-    return _Bucket(flat=flat, views=views)
+    cuts = [] if parts is None else [(parts.of(parameter), parts.cut(parameter, view)) for parameter, view in views]
+    return _Bucket(flat=flat, views=views, cuts=cuts)

@@ -84,7 +84,7 @@ def _by_backend(tensor: Tensor, region: "TensorRegion") -> Message:
 def start_gather(tensor: Tensor, region: "TensorRegion") -> Message:
     """The tensors of all ranks, stacked: [size, ...]."""
     stacked = tensor.new_empty((region.size, *tensor.shape))
-    work = _all_gather(stacked.flatten(0, 1), tensor.contiguous(), group=group_of(region), async_op=True)
+    work = all_gather(stacked.flatten(0, 1), tensor.contiguous(), group=group_of(region), async_op=True)
     return Message(work, stacked, lambda shares: shares)
 
 
@@ -102,5 +102,5 @@ def start_reduce_scatter_sequence(partial: Tensor, region: "TensorRegion") -> Me
 
 
 # torch 2.13 renamed these two; the old names go when 2.13 is the oldest torch we run on.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

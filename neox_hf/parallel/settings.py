@@ -13,7 +13,8 @@ class ParallelSettings:
     messages: how a tensor group sums, and neighbouring stages send: `auto` copies into the other's memory where these
         are two devices with NVLink between them, which leaves the multiprocessors to the products; `backend` has NCCL
         do it everywhere.
-    zero_stage: what data parallelism shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.
+    zero_stage: what data parallelism shards: 0 in bf16 and fp8 the optimizer's state and else nothing, 1 that state,
+        2 gradients too, 3 weights too.
     offload: `optimizer` keeps the optimizer's state in the host's memory and steps there.
     partition: how layers are dealt to stages: stages of like parameter count, of like length, or the first layer of
         each stage and then the number of layers, so `[0, 5, 12]` is two stages of 5 and 7.

@@ -120,6 +120,11 @@ class Job:
         return self._has_summed_masters and (self.step_kernel or not by_deepspeed)
 
     @property
+    def steps_parts(self) -> bool:
+        """Whether each replica keeps and steps a part of the optimizer's state: ZeRO's, and, over masters, ours."""
+        return self.zero_stage > 0 or self._has_summed_masters
+
+    @property
     def splits_backward(self) -> bool:
         """Whether stages send their gradients back before they compute those of weights (`training.split_backward`)."""
         alone = self.topology.pipeline > 1 == self.topology.tensor

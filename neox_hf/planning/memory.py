@@ -85,7 +85,7 @@ def _bytes_between_steps(job: Job, stage: int) -> tuple[float, float, float]:
     state = 2 * precision.weights.itemsize
     if precision.master:
         state = 10 if job.halves_masters else 12
-    optimizer = 0 if job.offloads else state * parameters / (replicas if job.zero_stage >= 1 else 1)
+    optimizer = 0 if job.offloads else state * parameters / (replicas if job.steps_parts else 1)
     return weights, gradients, optimizer
 
 

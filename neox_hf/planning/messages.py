@@ -82,17 +82,19 @@ def partition_seconds(job: Job, device: Device, stage: int) -> float:
 
 
 def gradient_seconds(job: Job, device: Device, stage: int) -> float:
-    """Once a step: gradients are summed over the replicas, and with ZeRO-1 and 2 the new weights gathered."""
+    """Once a step: gradients are summed over the replicas, each its part's where each steps one, and the new weights
+    of parts gathered."""
     if job.topology.data == 1:
         return 0.0
-    seconds = 0.0
+    gradients = _among_replicas(job, device, job.gradient_bytes * job.held[stage])
+    weights = _among_replicas(job, device, job.precision.weights.itemsize * job.held[stage])
+    if job.zero_stage == 0:
+        return EXPOSED * (gradients + weights if job.steps_parts else 2 * gradients)
+    seconds = weights if job.zero_stage < 3 else 0.0
     if job.zero_stage == 1 and job.steps_at_once:
-        seconds += _among_replicas(job, device, job.gradient_bytes * job.held[stage])  # each its part, when all is done
-    elif job.zero_stage < 2:
-        exposed = 1.0 if job.topology.splits_model else EXPOSED  # a pipeline's engine reduces when all is done
-        seconds += exposed * 2 * _among_replicas(job, device, job.gradient_bytes * job.held[stage])
-    if job.zero_stage in (1, 2):
-        seconds += _among_replicas(job, device, job.precision.weights.itemsize * job.held[stage])
+        seconds += gradients  # each its part, when all is done
+    elif job.zero_stage == 1:
+        seconds += (1.0 if job.topology.splits_model else EXPOSED) * 2 * gradients  # a pipeline's when all is done
     return seconds
 
 

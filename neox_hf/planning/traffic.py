@@ -63,7 +63,7 @@ def gap_seconds(job: Job) -> float:
 def optimizer_seconds(job: Job, device: Device, stage: int) -> float:
     """Norm of the gradients and AdamW, once a step; the host's step where it is offloaded."""
     held = job.held[stage]
-    shard = held / (job.topology.data if job.zero_stage else 1)
+    shard = held / (job.topology.data if job.steps_parts else 1)
     if job.offloads:
         host = 28 / device.host_memory_gbps + (job.gradient_bytes + job.precision.weights.itemsize) / device.host_gbps
         return shard * host / 1e9

@@ -6,6 +6,7 @@ the `PipelineEngine` runs the steps; the trainer does not change for it.
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -16,6 +17,7 @@ from neox_hf.data import EvaluationBatches
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
+from neox_hf.parallel.parts import ReplicaParts
 from neox_hf.parallel.shards import shards_of
 from neox_hf.training.fused_adamw import FusedAdamW
 from neox_hf.training.graphs import graph_layers
@@ -99,7 +101,22 @@ class NativeEngine(OptimizerBoxes):
             accumulate_gradients_in_fp32(model)
             return model
         # Device placement and compilation as Accelerate does them, but not its bf16 gradient reduction.
-        return DataParallel(self.trainer.accelerator.prepare_model(model, evaluation_mode=True))
+        placed = self.trainer.accelerator.prepare_model(model, evaluation_mode=True)
+        return DataParallel(placed, parts=self._parts())
+
+    def _parts(self) -> ReplicaParts | None:
+        """What this replica steps; None, and that is everything, for an optimizer that is not ours or has stepped."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, FusedAdamW):
+            return None
+        if optimizer.parts is None and not optimizer.state and dist.get_world_size() > 1:
+            optimizer.step_in_parts(ReplicaParts(p for group in optimizer.param_groups for p in group["params"]))
+        return optimizer.parts
+
+    def load_boxes(self, checkpoint: Checkpoint) -> None:
+        super().load_boxes(checkpoint)
+        if getattr(self.optimizer, "parts", None) is not None:
+            self.optimizer.parts.gather()  # each replica has rounded its own masters to weights
 
     def begin(self) -> None:
         """Products sum their weights' gradients where no one listens to autograd's own sums, as torch's DDP does. On a
@@ -140,8 +157,7 @@ class NativeEngine(OptimizerBoxes):
         return Trainer._clip_grad_norm(self.trainer, model) if norm is None else norm
 
     def drop_step(self) -> None:
-        for parameter in self.trainer.model.parameters():
-            parameter.grad = None
+        self.optimizer.zero_grad()
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
         if isinstance(batches, EvaluationBatches) and self.trainer.model_accepts_loss_kwargs:

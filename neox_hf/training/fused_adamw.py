@@ -1,6 +1,8 @@
 """torch's AdamW whose step is one kernel over all parameters of a group, clipping and skipping included."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +16,12 @@ from neox_hf.kernels import (
     TensorTables,
     adamw_,
     clip_coefficient,
-    gradient_norm,
+    gradient_square_sum,
 )
+from neox_hf.parallel.parts import ReplicaParts, pieces_of
+
+PIECE_ELEMENTS = 2**26
+"""Of what is stepped while the piece before it travels: some 0.5 ms on an H200."""
 
 REMAINDER = "remainder"
 """Of a state: what a bf16 weight is short of its fp32 master (`kernels/split_fp32.py`)."""
@@ -33,6 +39,7 @@ class AdamW(torch.optim.AdamW):
     zeroes_gradients: each step leaves zeros in the gradients, in the same pass over memory.
     halves: of every parameter, which itself is not there, the bf16 weights that it rounds to, and what these are short
         of it (`kernels/split_fp32.py`); None: the parameters are there.
+    parts: what this one of several replicas steps, and gathers the others' of (`parallel/parts.py`); None: everything.
     keeps_masters: of a class, whether its states have a master of each parameter, whole or in part, and fp32 moments.
 
     Args:
@@ -47,6 +54,7 @@ class AdamW(torch.optim.AdamW):
     skip: Tensor | None = None
     zeroes_gradients: bool = False
     halves: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None
+    parts: ReplicaParts | None = None
     kernels: str = "auto"
     keeps_masters: bool = False
 
@@ -63,11 +71,23 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
         self._step_supports_amp_scaling = False  # torch's would take `grad_scale` and `found_inf` from a GradScaler
         self.kernels = kernels
-        self._tables, self._norm_tables = TensorTables(), TensorTables()
+        self._make_tables()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables, self._norm_tables = TensorTables(), TensorTables()
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        self._norm_tables = TensorTables()
+        # By the first of what is stepped at once: pieces may look alike, and would take each other's place.
+        self._tables: dict[Tensor, TensorTables] = defaultdict(TensorTables)
+
+    def step_in_parts(self, parts: ReplicaParts) -> None:
+        """Before the first step: each group's parameters become this replica's parts of them."""
+        assert not self.state, "some of this state would be of no part"
+        for group in self.param_groups:
+            group["params"] = [parts.of(parameter) for parameter in group["params"]]
+        self.parts = parts
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -75,30 +95,46 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        arrivals = []
         for group in self.param_groups:
-            self._step_group(group)
+            for piece in self._pieces(group):
+                self._step_piece(group, piece)
+                if self.parts is not None:
+                    arrivals.append(self.parts.start_gather(piece))
+        for arrival in arrivals:
+            arrival.wait()
         return loss
 
     @torch.no_grad()
     def clip_in_step(self, max_norm: float) -> Tensor | None:
         """The norm of all gradients, to which the next step clips: they are read once for it and never written.
 
-        A norm that is not finite makes that step change nothing. None where no kernel takes the step: then nothing has
-        been prepared.
+        A norm that is not finite makes that step change nothing. None where no kernel takes the step, unless it is of
+        parts, whose norm no one else can know: then nothing has been prepared.
         """
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         fused = all(group["fused"] is not False for group in self.param_groups)
-        if not gradients or not fused or not ADAMW.has_kernel_for(self.kernels, gradients[0]):
+        if not parameters:
             return None
-        norm = gradient_norm(gradients, tables=self._norm_tables, backend=self.kernels)
+        if self.parts is None and not (fused and ADAMW.has_kernel_for(self.kernels, parameters[0].grad)):
+            return None
+        norm = self._norm(parameters)
         self.gradient_factor = clip_coefficient(norm, max_norm)
         self.skip = ~norm.isfinite()
         return norm
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _norm(self, parameters: list[Tensor]) -> Tensor:
+        parts = self.parts
+        counted = [p.grad for p in parameters if parts is None or parts.counts(p)]
+        square = gradient_square_sum(counted, tables=self._norm_tables, backend=self.kernels)
+        return (square if parts is None else parts.sum(square.to(parameters[0].device))).sqrt()
+
+    def _pieces(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
+        """What is stepped at once: everything; of parts so much that it travels while the next piece is stepped."""
         parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
+        return pieces_of(parameters, math.inf if self.parts is None else PIECE_ELEMENTS)
+
+    def _step_piece(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         adamw_(
             self._tensors(parameters),
@@ -106,7 +142,7 @@ class AdamW(torch.optim.AdamW):
             factor=self.gradient_factor,
             skip=self.skip,
             zero_gradients=self.zeroes_gradients,
-            tables=self._tables,
+            tables=self._tables[parameters[0]],
             backend=self.kernels if group["fused"] is not False else "torch",
         )
 

@@ -49,7 +49,7 @@ def test_shipped_recipes_fit_their_devices(name, world_size, stages):
 
 @pytest.mark.parametrize(
     ("zero_stage", "per_parameter"),
-    [(0, 16), (1, 6 + 10 / 4), (2, 2 + 16 / 4), (3, 18 / 4)],
+    [(0, 6 + 10 / 4), (1, 6 + 10 / 4), (2, 2 + 16 / 4), (3, 18 / 4)],
 )
 def test_bytes_of_a_parameter_are_those_of_the_documentation(zero_stage, per_parameter):
     job = job_of(f"parallel.zero_stage={zero_stage}", world_size=4)

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_hf.training.engine import NativeEngine
+from neox_hf.training.optimizers import MasterAdamW
 from tests.modeling.small import SMALL
 
 
@@ -50,3 +51,14 @@ def test_who_reads_logits_is_given_them(given):
     trainer.label_smoother = object()
     NativeEngine(trainer).step(None, {}, torch.tensor(64))
     assert given == {}
+
+
+@pytest.mark.parametrize("made", ["by torch", "ours, which has stepped"])
+def test_who_steps_everything_on_every_replica(made):
+    trainer = StandIn("cpu")
+    parameters = list(trainer.model.parameters())
+    trainer.optimizer = torch.optim.SGD(parameters) if made == "by torch" else MasterAdamW(parameters)
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    trainer.optimizer.step()
+    assert NativeEngine(trainer)._parts() is None
+    assert all(p is q for p, q in zip(trainer.optimizer.param_groups[0]["params"], parameters, strict=True))
