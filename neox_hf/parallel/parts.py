@@ -1,9 +1,8 @@
 """Parts of parameters: replicas hold the same weights, and each steps a part of them.
 
 A parameter whose elements divide is cut into as many parts as there are replicas. Each replica is sent the mean
-gradients of its parts, keeps the optimizer's state of these alone, steps them, and sends out what they have become:
-half of an all-reduce of fp32 gradients and half of one of the weights, where an all-reduce of gradients and a step of
-everything on every replica were otherwise.
+gradients of its parts, keeps the optimizer's state of these alone, steps them, and sends out what they have become. So
+half of an all-reduce of gradients travels and half of one of weights, and no replica repeats what another has stepped.
 
 Source: Rajbhandari et al. 2020, arXiv 1910.02054 (ZeRO, stage 1).
 """
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Private, and what torch's own FSDP sends several tensors in one message by.
+# Private to torch, which has no public way to send several tensors in one message.
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from neox_hf.parallel.messages import all_gather, reduce_scatter

@@ -65,7 +65,7 @@ def log(monkeypatch) -> list[str]:
     written: list[str] = []
     wire = Wire(written)
     monkeypatch.setattr(messages.dist, "all_reduce", wire.all_reduce)
-    monkeypatch.setattr(messages, "_all_gather", wire.all_gather)
+    monkeypatch.setattr(messages, "all_gather", wire.all_gather)
     monkeypatch.setattr(messages, "reduce_scatter", wire.reduce_scatter)
     return written
 
