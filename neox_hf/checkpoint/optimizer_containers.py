@@ -119,12 +119,10 @@ class Container:
     def elements(self, cell: Cell, place: Place, slot: str, value: Tensor) -> Tensor:
         """Those of `value`, a cell's slot, that are of a place, flat."""
         if value.is_meta:
-            return self.optimizer.master_of(cell.key).view(-1)
-        if not cell.flat:
-            return value.reshape(-1)
+            value = self.optimizer.master_of(cell.key)
         if slot == MASTER and self.halves is not None:
             return join_fp32(*(half.narrow(0, place.at, place.numel) for half in self.halves[cell.key]))
-        return value.narrow(0, place.at, place.numel)
+        return value.reshape(-1).narrow(0, place.at, place.numel)
 
     @property
     def kind(self) -> str:

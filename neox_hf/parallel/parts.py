@@ -43,15 +43,17 @@ class ReplicaParts:
     Args:
         parameters: whole, in the memory that they stay in.
         group: ranks that hold replicas; None is the whole world.
+
+    share_cut: of all elements, those of parameters that are cut.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self._rank, self._count = dist.get_rank(group), dist.get_world_size(group)
-        self._parts = {p: _part_of(p, self._rank, self._count) for p in parameters if self._divides(p)}
-
-    def _divides(self, parameter: nn.Parameter) -> bool:
-        return parameter.is_contiguous() and parameter.numel() % (self._count * ALIGNED_ELEMENTS) == 0
+        given = list(parameters)
+        cut = [p for p in given if p.is_contiguous() and has_parts(p.numel(), self._count)]
+        self._parts = {parameter: _part_of(parameter, self._rank, self._count) for parameter in cut}
+        self.share_cut: float = sum(p.numel() for p in cut) / sum(p.numel() for p in given)
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         """Whether it is cut."""
@@ -97,6 +99,11 @@ class ReplicaParts:
         """Over the replicas, in place."""
         dist.all_reduce(value, group=self.group)
         return value
+
+
+def has_parts(elements: int, replicas: int) -> bool:
+    """Whether a parameter of so many is cut among so many: into equal parts that begin aligned."""
+    return elements % (replicas * ALIGNED_ELEMENTS) == 0
 
 
 def _part_of(parameter: nn.Parameter, rank: int, count: int) -> ParameterPart:

@@ -8,6 +8,7 @@ from neox_hf.modeling.accounting import rank_parameters
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.partition import stage_bounds
 from neox_hf.modeling.recompute import Recompute
+from neox_hf.parallel.parts import has_parts
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.dry_run import known_config, parameters_in_words
 from neox_hf.training.optimizers import FUSED
@@ -121,8 +122,10 @@ class Job:
 
     @property
     def steps_parts(self) -> bool:
-        """Whether each replica keeps and steps a part of the optimizer's state: ZeRO's, and, over masters, ours."""
-        return self.zero_stage > 0 or self._has_summed_masters
+        """Whether each replica keeps and steps a part of the optimizer's state: ZeRO's, and, over masters, ours, which
+        cuts the layers' matrices where their elements divide."""
+        divide = has_parts(self.config.hidden_size**2, self.topology.data)
+        return self.zero_stage > 0 or (self._has_summed_masters and divide)
 
     @property
     def splits_backward(self) -> bool:

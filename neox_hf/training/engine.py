@@ -4,6 +4,7 @@
 the `PipelineEngine` runs the steps; the trainer does not change for it.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from neox_hf.training.label_weights import WeighedBatches
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -102,15 +106,21 @@ class NativeEngine(OptimizerBoxes):
             return model
         # Device placement and compilation as Accelerate does them, but not its bf16 gradient reduction.
         placed = self.trainer.accelerator.prepare_model(model, evaluation_mode=True)
-        return DataParallel(placed, parts=self._parts())
+        return DataParallel(placed, parts=self._step_in_parts())
 
-    def _parts(self) -> ReplicaParts | None:
-        """What this replica steps; None, and that is everything, for an optimizer that is not ours or has stepped."""
+    def _step_in_parts(self) -> ReplicaParts | None:
+        """Have the optimizer step this replica's parts, which are returned. None: it is not ours, or has stepped, and
+        goes on with everything."""
         optimizer = self.optimizer
         if not isinstance(optimizer, FusedAdamW):
             return None
         if optimizer.parts is None and not optimizer.state and dist.get_world_size() > 1:
-            optimizer.step_in_parts(ReplicaParts(p for group in optimizer.param_groups for p in group["params"]))
+            parts = ReplicaParts(p for group in optimizer.param_groups for p in group["params"])
+            optimizer.step_in_parts(parts)
+            told = (
+                "each replica steps its part of %.1f %% of the weights; a tensor that 8 x %d does not divide, all step"
+            )
+            logger.info(told, 100 * parts.share_cut, dist.get_world_size())
         return optimizer.parts
 
     def load_boxes(self, checkpoint: Checkpoint) -> None:

@@ -110,17 +110,19 @@ def test_a_step_that_is_not_finite_on_one_replica_changes_nothing_on_any():
     assert run_ranks(spoilt_step, 2) == [True, True]
 
 
-def held(rank: int) -> dict[str, int]:
-    """Elements of state by what they are of."""
+def held(rank: int) -> dict[str, float]:
+    """Elements of state by what they are of, and the share that is cut."""
     model = net()
     optimizer = optimizer_of(model, "torch")
     replica = replica_of(model, optimizer, cut=True)
     take_step(replica, optimizer, 0, NEVER_CLIPS)
-    return {name: optimizer.state[optimizer.parts.of(p)]["exp_avg"].numel() for name, p in model.named_parameters()}
+    mine = optimizer.parts
+    state = {name: optimizer.state[mine.of(p)]["exp_avg"].numel() for name, p in model.named_parameters()}
+    return {**state, "share": mine.share_cut}
 
 
 def test_each_replica_keeps_the_state_of_its_parts():
-    wanted = {"body.weight": 256, "body.bias": 16, "head.weight": 80, "head.bias": 5, "scale": 32}
+    wanted = {"body.weight": 256, "body.bias": 16, "head.weight": 80, "head.bias": 5, "scale": 32, "share": 768 / 773}
     assert run_ranks(held, 2) == [wanted, wanted]
 
 

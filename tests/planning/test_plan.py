@@ -58,6 +58,12 @@ def test_bytes_of_a_parameter_are_those_of_the_documentation(zero_stage, per_par
     assert held == pytest.approx(per_parameter * job.held[0])
 
 
+def test_replicas_among_whom_the_matrices_do_not_divide_keep_all_of_the_state():
+    samples = "train.global_batch_size=48"
+    alone, two, three = (memory_of_stages(job_of(samples, world_size=size))[0].optimizer for size in (1, 2, 3))
+    assert alone == three == 2 * two
+
+
 @pytest.mark.parametrize("setting", ["train.optim=adamw_torch", "model.kernels=torch"])
 def test_torchs_step_needs_whole_masters_in_deepspeeds_hands_alone(setting):
     for layout, per_parameter in ((1, 16), (2, 18)):

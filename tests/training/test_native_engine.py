@@ -60,5 +60,5 @@ def test_who_steps_everything_on_every_replica(made):
     trainer.optimizer = torch.optim.SGD(parameters) if made == "by torch" else MasterAdamW(parameters)
     parameters[0].grad = torch.zeros_like(parameters[0])
     trainer.optimizer.step()
-    assert NativeEngine(trainer)._parts() is None
+    assert NativeEngine(trainer)._step_in_parts() is None
     assert all(p is q for p, q in zip(trainer.optimizer.param_groups[0]["params"], parameters, strict=True))

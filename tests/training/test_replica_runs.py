@@ -1,4 +1,4 @@
-"""Replicas whose optimizers step a part each: the curve of one process, stops, other worlds, and bad steps."""
+"""Replicas whose optimizers step a part each: the curve of one process, stops, and bad steps."""
 
 import re
 import signal
