@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+# torch would ask the driver for devices, and no fork of a process that has done so can use them.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
 import torch
 
 from neox_hf.training.launch_environment import prepare_deepspeed_on_cpu

@@ -142,6 +142,8 @@ def _run_rank(rank, world_size, port, recipe, overrides, prepare, given) -> None
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    else:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several devices, one process is to choose one
     from neox_hf.training.command_line import exit_on_user_error
     from neox_hf.training.pretraining import pretrain
     from neox_hf.training.recipe import load_recipe
