@@ -5,9 +5,8 @@ are wanted with the boxes that were saved, so the layout that saves and the layo
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Protocol
 
 import torch
@@ -88,10 +87,10 @@ def check_boxes(wanted: Iterable[Box], saved: BoxReader) -> None:
             )
         for part in parts:
             _check_alike(box, part)
-        for one, other in combinations(parts, 2):
-            if intersect(one, other):
-                raise CheckpointError(f"{box.name} is saved twice: in {one.file} and in {other.file}")
-        held = sum(math.prod(common[1]) for part in parts if (common := intersect(box, part)))
+        shared = {part: common[1] for part in parts if (common := intersect(box, part))}
+        for one, other in _overlaps(shared):
+            raise CheckpointError(f"{box.name} is saved twice: in {one.file} and in {other.file}")
+        held = sum(map(math.prod, shared.values()))
         if held != box.tensor.numel():
             raise CheckpointError(
                 f"{box.name}: the checkpoint holds {held} of the {box.tensor.numel()} elements wanted from "
@@ -114,6 +113,17 @@ def fill_boxes(wanted: Iterable[Box], saved: BoxReader) -> None:
                 if common:
                     target = box.tensor[_region(box, *common)]
                     target.copy_(saved.read(part, _region(part, *common)))
+
+
+def _overlaps(parts: Iterable[SavedBox]) -> Iterator[tuple[SavedBox, SavedBox]]:
+    """Pairs that share elements. There may be hundreds of parts, so only those with rows in common are compared."""
+    ordered = sorted(parts, key=lambda part: part.offsets)
+    for at, one in enumerate(ordered):
+        for other in ordered[at + 1 :]:
+            if one.offsets and other.offsets[0] >= one.offsets[0] + one.extent[0]:
+                break
+            if intersect(one, other):
+                yield one, other
 
 
 def _region(box: Box | SavedBox, first: Corner, extent: Corner) -> tuple[slice, ...]:

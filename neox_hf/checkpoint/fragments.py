@@ -1,65 +1,91 @@
-"""Fragments: consecutive elements of a flattened tensor, which is how ZeRO deals a parameter to data ranks.
+"""Fragments: consecutive elements of a flattened tensor, which is how replicas and ZeRO deal out a parameter.
 
-They are no boxes, so they never reach the disk: saving puts them together, and loading cuts them out of whole rows.
+On disk a fragment is boxes: of a matrix at most three, the rest of a row, whole rows, and the beginning of a row.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box
 from neox_hf.parallel.shards import Shard
 
 Shape = tuple[int, ...]
+Maker = Callable[[int, int], Tensor]
+"""Makes consecutive elements of a fragment, given the first and how many: flat, in host memory of their own."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a local tensor (this rank's tensor shard of it, padding included) that hold one fragment.
-
-    first, end: of the rows. skipped: elements of the first row that come before the fragment. numel: its elements.
-    """
+class Fragment:
+    """Where a fragment lies: in a local tensor of `shape` (this rank's tensor shard of it, padding included), from the
+    element `start` on."""
 
     name: str
     shape: Shape
-    shard: Shard | None
-    first: int
-    end: int
-    skipped: int
-    numel: int
+    shard: Shard | None = None
+    start: int = 0
 
-    @classmethod
-    def holding(cls, name: str, shape: Shape, shard: Shard | None, start: int, numel: int) -> "Rows":
-        """The rows of a local tensor of `shape` that hold `numel` elements from `start` on."""
-        row = max(1, torch.Size(shape[1:]).numel())
-        first, end = start // row, -(-(start + numel) // row)
-        return cls(name, tuple(shape), shard, first, end, start - first * row, numel)
+    def boxes(self, elements: Tensor, make: Maker | None = None) -> Iterator[Box]:
+        """The boxes of those elements that exist on disk: none of padding.
 
-    def buffer(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """Zeros for these rows; padding stays zero."""
-        shape = (self.end - self.first, *self.shape[1:]) if self.shape else ()
-        return torch.zeros(shape, dtype=dtype, device=device)
+        elements: of the fragment, flat; the boxes are views of them. make: where they are on `meta`, what makes some.
+        """
+        at = 0
+        for offsets, extent in blocks(self.shape, self.start, self.start + elements.numel()):
+            numel = math.prod(extent)
+            box = self._box(offsets, elements.narrow(0, at, numel).view(extent))
+            if box is not None:
+                made = None if make is None else partial(self._made, offsets, extent, partial(make, at, numel))
+                yield replace(box, make=made)
+            at += numel
 
-    def box(self, buffer: Tensor) -> Box | None:
-        """The box, in `buffer`, of the elements that exist on disk; None if all of the rows are padding."""
+    def whole(self, local: Tensor) -> Iterator[Box]:
+        """The box of all of the local tensor that is no padding, if there is any, whatever its strides."""
+        box = self._box((0,) * local.ndim, local)
+        if box is not None:
+            yield box
+
+    def _box(self, offsets: Shape, block: Tensor) -> Box | None:
+        """Of a block of the local tensor."""
         if self.shard is None:
-            offsets = (self.first, *(0 for _ in self.shape[1:])) if self.shape else ()
-            return Box(self.name, offsets, self.shape, buffer)
-        dim, offsets = self.shard.dim, list(self.shard.offsets)
-        offsets[0] += self.first
-        real = min(self.end, self.shard.length) - self.first if dim == 0 else self.shard.length
+            return Box(self.name, offsets, self.shape, block)
+        dim = self.shard.dim
+        real = min(block.shape[dim], self.shard.length - offsets[dim])
         if real <= 0:
             return None
-        return Box(self.name, tuple(offsets), self.shard.shape, buffer.narrow(dim, 0, real))
+        corner = tuple(at + self.shard.start if d == dim else at for d, at in enumerate(offsets))
+        return Box(self.name, corner, self.shard.shape, block.narrow(dim, 0, real))
 
-    def fragment(self, buffer: Tensor) -> Tensor:
-        """The fragment's elements, flat, out of the rows in `buffer`."""
-        return buffer.reshape(-1).narrow(0, self.skipped, self.numel)
+    def _made(self, offsets: Shape, extent: Shape, make: Callable[[], Tensor]) -> Tensor:
+        box = self._box(offsets, make().view(extent))
+        assert box is not None, "what is padding alone is not made"
+        return box.tensor
 
 
-def whole_box(name: str, local: Tensor, shard: Shard | None) -> Box | None:
-    """The box of all of a local tensor that is no padding; None if nothing is."""
-    if shard is None:
-        return Box.whole(name, local)
-    return Box(name, shard.offsets, shard.shape, shard.real(local)) if shard.length else None
+def blocks(shape: Shape, start: int, end: int) -> Iterator[tuple[Shape, Shape]]:
+    """The hyper-rectangles, corner and extent, that the elements from `start` to `end` of a flattened tensor are, in
+    the order of the elements."""
+    if start >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    first, skipped = divmod(start, row)
+    last, rest = divmod(end, row)
+    if skipped:
+        stop = min(end - first * row, row)
+        yield from _in_row(shape, first, skipped, stop)
+        first += 1
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if rest and first <= last:
+        yield from _in_row(shape, last, 0, rest)
+
+
+def _in_row(shape: Shape, row: int, start: int, end: int) -> Iterator[tuple[Shape, Shape]]:
+    for offsets, extent in blocks(shape[1:], start, end):
+        yield (row, *offsets), (1, *extent)

@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def whole(self) -> bool:
-        """Whether it is a parameter itself."""
+        """Whether it is a parameter itself, which every data rank steps; of others each holds elements of its own."""
         return self.key is self.places[0].parameter
 
 
@@ -79,7 +79,6 @@ class Container:
     """An optimizer with its cells.
 
     optimizer: the innermost one, a torch optimizer. groups: hyper-parameters and the model's parameters under them.
-    scattered: each data rank keeps other elements; otherwise each keeps all.
     keeps_masters: cells are fp32 copies of weights in low precision. halves: of cells whose memory has been given back,
     the bf16 weights that they round to, and what these are short of them.
     publish: bring the cells' values into the weights. Every rank calls it.
@@ -89,7 +88,6 @@ class Container:
     optimizer: Optimizer
     groups: Groups
     cells: tuple[Cell, ...]
-    scattered: bool = False
     keeps_masters: bool = False
     halves: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None
     publish: Callable[[], None] = field(default=lambda: None)
@@ -111,18 +109,17 @@ class Container:
             return self.optimizer.whole_state(cell.key)
         return self.optimizer.state.get(cell.key, {})
 
-    def master_of(self, cell: Cell) -> Tensor:
-        """Of a cell that is one parameter, or a part of one, in host memory of its own."""
-        master = self.optimizer.master_of(cell.key)
-        return torch.empty_like(master, device="cpu").copy_(master)
+    def makes(self, slot: str) -> bool:
+        """Whether no tensor holds this slot, and `make_master` makes what is asked of it."""
+        return slot == MASTER and (self.makes_masters or self.halves is not None)
 
-    def elements(self, cell: Cell, place: Place, slot: str, value: Tensor) -> Tensor:
-        """Those of `value`, a cell's slot, that are of a place, flat."""
-        if value.is_meta:
-            value = self.optimizer.master_of(cell.key)
-        if slot == MASTER and self.halves is not None:
-            return join_fp32(*(half.narrow(0, place.at, place.numel) for half in self.halves[cell.key]))
-        return value.reshape(-1).narrow(0, place.at, place.numel)
+    def make_master(self, cell: Cell, first: int, numel: int) -> Tensor:
+        """Consecutive elements of a cell's master, flat, in host memory of their own."""
+        if self.halves is not None:
+            made = join_fp32(*(half.narrow(0, first, numel) for half in self.halves[cell.key]))
+        else:
+            made = self.optimizer.master_of(cell.key).reshape(-1).narrow(0, first, numel)
+        return made.to("cpu", copy=True)
 
     @property
     def kind(self) -> str:
@@ -162,8 +159,7 @@ def _torch(optimizer: Optimizer) -> Container:
             if MASTER in state:
                 parameter.copy_(state[MASTER])
 
-    scattered = any(not cell.whole for cell in cells)
-    return Container(optimizer, groups, cells, scattered=scattered, publish=publish)
+    return Container(optimizer, groups, cells, publish=publish)
 
 
 def _place_of(stepped: nn.Parameter) -> Place:
@@ -193,7 +189,6 @@ def _flat(zero: Any, parameters: list[list[nn.Parameter]], flats: list[Tensor]) 
         inner,
         groups,
         cells,
-        scattered=True,
         keeps_masters=_low_precision(groups),
         halves=getattr(inner, "halves", None),
         publish=zero.update_lp_params,
@@ -229,7 +224,7 @@ def _zero_3(zero: Any, data_rank: int) -> Container:
                 place.weights.copy_(cell.key.narrow(0, place.at, place.numel))
                 forget_gathered(place.parameter)
 
-    return Container(inner, groups, cells, scattered=True, keeps_masters=_low_precision(groups), publish=publish)
+    return Container(inner, groups, cells, keeps_masters=_low_precision(groups), publish=publish)
 
 
 def _places_of_partitions(parameters: list[nn.Parameter], data_rank: int) -> Iterator[Place]:

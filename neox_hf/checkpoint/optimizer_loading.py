@@ -1,6 +1,6 @@
 """The state of an optimizer back from disk: each rank reads what it holds, whatever layout and container wrote it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box, BoxReader, check_boxes, fill_boxes
 from neox_hf.checkpoint.exchange import Exchange
-from neox_hf.checkpoint.fragments import Rows, whole_box
+from neox_hf.checkpoint.fragments import Fragment
 from neox_hf.checkpoint.optimizer_containers import MASTER, Cell, Container, Place, container_of
 from neox_hf.checkpoint.optimizer_document import (
     SCALARS,
@@ -74,24 +74,20 @@ class _Target:
     """Elements of a slot that this rank wants: `elements` is where they go, flat."""
 
     slot: str
-    rows: Rows
+    fragment: Fragment
     elements: Tensor
 
     def check(self, reader: BoxReader) -> None:
-        box = self.rows.box(self.rows.buffer(self.elements.dtype, "meta"))
-        if box is not None:
-            check_boxes([box], reader)
+        check_boxes(self.fragment.boxes(self.elements), reader)
 
     def fill(self, reader: BoxReader) -> None:
-        self.elements.copy_(self.read(reader))
+        fill_boxes(self.fragment.boxes(self.elements), reader)
 
     def read(self, reader: BoxReader) -> Tensor:
-        """What is on disk, flat, in host memory."""
-        buffer = self.rows.buffer(self.elements.dtype)
-        box = self.rows.box(buffer)
-        if box is not None:
-            fill_boxes([box], reader)
-        return self.rows.fragment(buffer)
+        """What is on disk, flat, in host memory; padding is 0."""
+        host = torch.zeros_like(self.elements, device="cpu")
+        replace(self, elements=host).fill(reader)
+        return host
 
 
 class _Plan:
@@ -172,14 +168,13 @@ class _Plan:
         if cell.flat or shape == on_disk:
             shape = cell.key.shape
         device = "meta" if slot == MASTER and self._container.makes_masters else cell.key.device
-        return torch.empty(shape, dtype=getattr(torch, like["dtype"]), device=device)
+        return torch.zeros(shape, dtype=getattr(torch, like["dtype"]), device=device)  # which padding stays
 
     def _plan_slot(self, slot: str, cell: Cell, place: Place, value: Tensor) -> None:
         if cell.whole and not value.is_meta:
             shard = self._shards.get(place.parameter) if value.shape == cell.key.shape else None
-            box = whole_box(self._names[place.parameter], value, shard)
-            if box is not None:
-                self._boxes.setdefault(slot, []).append(box)
+            fragment = Fragment(self._names[place.parameter], tuple(value.shape), shard)
+            self._boxes.setdefault(slot, []).extend(fragment.whole(value))
         elif place.numel:
             target = self._target(slot, place, value.detach().view(-1))
             if value.is_meta:
@@ -189,8 +184,8 @@ class _Plan:
 
     def _target(self, slot: str, place: Place, value: Tensor) -> _Target:
         shape, shard = whole_shape(place.parameter), self._shards.get(place.parameter)
-        rows = Rows.holding(self._names[place.parameter], shape, shard, place.start, place.numel)
-        return _Target(slot, rows, value.narrow(0, place.at, place.numel))
+        fragment = Fragment(self._names[place.parameter], shape, shard, place.start)
+        return _Target(slot, fragment, value.narrow(0, place.at, place.numel))
 
     def _check_nothing_is_lost(self, cell: Cell, current: dict[str, Any], state: dict[str, Any]) -> None:
         lost = {key for key, value in current.items() if is_slot(key, value, cell)} - set(state)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from neox_hf.checkpoint.box_files import open_file, probe
-from neox_hf.checkpoint.fragments import Rows
+from neox_hf.checkpoint.fragments import Fragment
 from neox_hf.checkpoint.partitioned import forget_gathered, is_partitioned, partition_of, partition_range
 from neox_hf.checkpoint.weight_names import Weight, weights_of
 from neox_hf.errors import CheckpointError
@@ -77,12 +77,9 @@ def _fill_shard(weight: Weight, source: _SavedWeight) -> None:
 
 
 def _fill_partition(weight: Weight, source: _SavedWeight, data_rank: int) -> None:
-    start, numel = partition_range(weight.tensor, data_rank)
-    if numel:
-        rows = Rows.holding(weight.name, weight.shape, None, start, numel)
-        box = rows.box(rows.buffer(source.dtype))
+    fragment = Fragment(weight.name, weight.shape, start=partition_range(weight.tensor, data_rank)[0])
+    for box in fragment.boxes(partition_of(weight.tensor, data_rank)):
         box.tensor.copy_(source.read(_region(box.offsets, box.extent)))
-        partition_of(weight.tensor, data_rank).copy_(rows.fragment(box.tensor))
     forget_gathered(weight.tensor)
 
 

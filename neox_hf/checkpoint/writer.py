@@ -113,12 +113,9 @@ class CheckpointWriter:
                 save_model_files(model, work, tokenizer, dtype)
                 self._adopt(work)
 
-    def write_boxes(self, stem: str, boxes: Iterable[Box], *, copied: bool = False) -> None:
-        """Write this rank's boxes into `state/<stem>-<rank>-of-<world>.safetensors`.
-
-        copied: nobody will change the tensors of the boxes any more.
-        """
-        self._put(self._rank_file(stem), *pack_boxes(boxes), copied=copied)
+    def write_boxes(self, stem: str, boxes: Iterable[Box]) -> None:
+        """Write this rank's boxes into `state/<stem>-<rank>-of-<world>.safetensors`."""
+        self._put(self._rank_file(stem), *pack_boxes(boxes))
 
     def write_tensors(self, stem: str, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write tensors that belong to this rank alone into `state/<stem>-<rank>-of-<world>.safetensors`."""

@@ -70,6 +70,19 @@ def test_any_cut_fills_any_other(seed):
     assert all(torch.equal(empty[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("shape", [(), (11,), (7, 5), (3, 4, 5)], ids=str)
+def test_an_element_that_is_saved_twice_is_found_wherever_it_lies(seed, shape):
+    pick = random.Random(seed)
+    whole = torch.randn(shape)
+    saved = cut("w", whole, (0,) * len(shape), shape, pick)
+    again = tuple(pick.randrange(n) for n in shape)
+    saved.append(Box("w", again, shape, whole[tuple(slice(i, i + 1) for i in again)]))
+    pick.shuffle(saved)
+    with pytest.raises(CheckpointError, match="w is saved twice"):
+        check_boxes([Box.whole("w", whole)], MemoryBoxes(saved))
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_any_cut_survives_the_files_of_several_ranks(tmp_path: Path, seed, dtype):
