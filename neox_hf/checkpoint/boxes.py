@@ -1,7 +1,8 @@
 """The unit of saving: a box, a hyper-rectangle of one tensor under its Hugging Face name.
 
-A tensor that is whole in memory is one box; a shard of any layout is one box too. Loading intersects the boxes that
-are wanted with the boxes that were saved, so the layout that saves and the layout that loads need not agree.
+A tensor that is whole in memory is one box, a tensor shard is one too, and what ZeRO deals out is a few (`fragments`).
+Loading intersects the boxes that are wanted with the boxes that were saved, so the layout that saves and the layout
+that loads need not agree.
 """
 
 import math

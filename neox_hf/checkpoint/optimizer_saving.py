@@ -87,9 +87,10 @@ class _Piece:
         if self.container.makes(slot):
             unmade = torch.empty(self.place.numel, dtype=value.dtype, device="meta")
             yield from fragment.boxes(unmade, self._make)
+        elif self.cell.whole:
+            yield from fragment.whole(value)
         else:
-            flat = value.reshape(-1)
-            yield from fragment.boxes(flat if self.cell.whole else flat.narrow(0, self.place.at, self.place.numel))
+            yield from fragment.boxes(value.view(-1).narrow(0, self.place.at, self.place.numel))
 
     def _make(self, first: int, numel: int) -> Tensor:
         return self.container.make_master(self.cell, self.place.at + first, numel)

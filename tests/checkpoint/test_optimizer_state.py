@@ -224,6 +224,16 @@ def test_loading_replaces_an_older_state(tmp_path):
         load_optimizer(optimizer, names_of(model), {}, fresh)
 
 
+def test_a_parameter_without_elements_and_one_in_another_order(tmp_path):
+    model = nn.ParameterDict({"empty": torch.zeros(0, 3), "turned": torch.randn(4, 3).t()})
+    optimizer, other = (torch.optim.AdamW(model.parameters(), lr=0.01) for _ in range(2))
+    sum((p * 3).square().sum() for p in model.values()).backward()
+    optimizer.step()
+    assert optimizer.state[model["turned"]]["exp_avg"].stride() == (1, 3)
+    load_optimizer(other, names_of(model), {}, save(optimizer, model, tmp_path))
+    assert_same_state(other, optimizer)
+
+
 def test_how_a_step_is_carried_out_is_this_machines_choice(tmp_path):
     model = net()
     optimizer = torch.optim.AdamW(groups_of(model), fused=True)
