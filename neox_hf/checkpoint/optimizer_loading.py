@@ -1,6 +1,5 @@
 """The state of an optimizer back from disk: each rank reads what it holds, whatever layout and container wrote it."""
 
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box, BoxReader, check_boxes, fill_boxes
 from neox_hf.checkpoint.exchange import Exchange
-from neox_hf.checkpoint.fragments import Fragment
 from neox_hf.checkpoint.optimizer_containers import MASTER, Cell, Container, Place, container_of
 from neox_hf.checkpoint.optimizer_document import (
     SCALARS,
@@ -22,7 +20,7 @@ from neox_hf.checkpoint.optimizer_document import (
     scalar_device,
     slot_stem,
 )
-from neox_hf.checkpoint.partitioned import whole_shape
+from neox_hf.checkpoint.optimizer_pieces import Piece
 from neox_hf.checkpoint.plain_values import decode_value
 from neox_hf.errors import CheckpointError
 from neox_hf.parallel.collectives import together
@@ -69,27 +67,6 @@ def load_optimizer(
         container.publish()
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Elements of a slot that this rank wants: `elements` is where they go, flat."""
-
-    slot: str
-    fragment: Fragment
-    elements: Tensor
-
-    def check(self, reader: BoxReader) -> None:
-        check_boxes(self.fragment.boxes(self.elements), reader)
-
-    def fill(self, reader: BoxReader) -> None:
-        fill_boxes(self.fragment.boxes(self.elements), reader)
-
-    def read(self, reader: BoxReader) -> Tensor:
-        """What is on disk, flat, in host memory; padding is 0."""
-        host = torch.zeros_like(self.elements, device="cpu")
-        replace(self, elements=host).fill(reader)
-        return host
-
-
 class _Plan:
     """What loading will do, checked against the checkpoint and not yet done."""
 
@@ -102,25 +79,20 @@ class _Plan:
         self._readers = {slot: reader.boxes(slot_stem(slot)) for slot in self._saved["slots"]}
         self.restores_masters = MASTER in self._saved["slots"]
         self._states: list[tuple[Cell, dict[str, Any]]] = []
-        self._targets: list[_Target] = []
         self._boxes: dict[str, list[Box]] = {}
-        self._made_masters: list[tuple[Cell, _Target]] = []
+        self._made_masters: list[tuple[Piece, Tensor]] = []
         for cell in container.cells:
             self._plan_cell(cell)
-        for target in self._targets:
-            target.check(self._readers[target.slot])
         for slot, boxes in self._boxes.items():
             check_boxes(boxes, self._readers[slot])
-        for _, target in self._made_masters:
-            target.check(self._readers[MASTER])
+        for piece, like in self._made_masters:
+            check_boxes(piece.boxes(like), self._readers[MASTER])
 
     @torch.no_grad()
     def carry_out(self) -> None:
         """Read and fill everything."""
         for cell, state in self._states:
             self._prepare_flat(cell, state)
-        for target in self._targets:
-            target.fill(self._readers[target.slot])
         for slot, boxes in self._boxes.items():
             fill_boxes(boxes, self._readers[slot])
         optimizer = self._container.optimizer
@@ -129,8 +101,10 @@ class _Plan:
                 optimizer.state[cell.key] = state
             else:
                 optimizer.state.pop(cell.key, None)
-        for cell, target in self._made_masters:  # one after the other: no two are in memory
-            optimizer.take_master(cell.key, target.read(self._readers[MASTER]).view(cell.key.shape))
+        for piece, like in self._made_masters:  # one after the other: no two are in memory
+            master = torch.zeros_like(like, device="cpu")
+            fill_boxes(piece.boxes(master), self._readers[MASTER])
+            optimizer.take_master(piece.cell.key, master)
         self._restore_groups()
 
     def _prepare_flat(self, cell: Cell, state: dict[str, Any]) -> None:
@@ -171,21 +145,11 @@ class _Plan:
         return torch.zeros(shape, dtype=getattr(torch, like["dtype"]), device=device)  # which padding stays
 
     def _plan_slot(self, slot: str, cell: Cell, place: Place, value: Tensor) -> None:
-        if cell.whole and not value.is_meta:
-            shard = self._shards.get(place.parameter) if value.shape == cell.key.shape else None
-            fragment = Fragment(self._names[place.parameter], tuple(value.shape), shard)
-            self._boxes.setdefault(slot, []).extend(fragment.whole(value))
-        elif place.numel:
-            target = self._target(slot, place, value.detach().view(-1))
-            if value.is_meta:
-                self._made_masters.append((cell, target))
-            else:
-                self._targets.append(target)
-
-    def _target(self, slot: str, place: Place, value: Tensor) -> _Target:
-        shape, shard = whole_shape(place.parameter), self._shards.get(place.parameter)
-        fragment = Fragment(self._names[place.parameter], shape, shard, place.start)
-        return _Target(slot, fragment, value.narrow(0, place.at, place.numel))
+        piece = Piece(self._names[place.parameter], self._shards.get(place.parameter), cell, place)
+        if value.is_meta:
+            self._made_masters.append((piece, value))
+        else:
+            self._boxes.setdefault(slot, []).extend(piece.boxes(value))
 
     def _check_nothing_is_lost(self, cell: Cell, current: dict[str, Any], state: dict[str, Any]) -> None:
         lost = {key for key, value in current.items() if is_slot(key, value, cell)} - set(state)

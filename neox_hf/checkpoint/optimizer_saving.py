@@ -6,21 +6,18 @@ Hugging Face names, one file per slot and rank. Everything else is JSON (`optimi
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from neox_hf.checkpoint.boxes import Box
 from neox_hf.checkpoint.exchange import Exchange
-from neox_hf.checkpoint.fragments import Fragment
-from neox_hf.checkpoint.optimizer_containers import Cell, Container, Place, container_of
+from neox_hf.checkpoint.optimizer_containers import Container, container_of
 from neox_hf.checkpoint.optimizer_document import SCALARS, Names, Shards, describe, merge, slot_stem, slots_of
-from neox_hf.checkpoint.partitioned import whole_shape
+from neox_hf.checkpoint.optimizer_pieces import Piece
 from neox_hf.checkpoint.writer import CheckpointWriter
 from neox_hf.errors import CheckpointError
-from neox_hf.parallel.shards import Shard
 from neox_hf.parallel.topology import Topology
 
 
@@ -55,7 +52,7 @@ def write_optimizer(
     if writer.rank == 0:
         writer.write_json(SCALARS, merge(stages))
     pieces = [
-        _Piece(container, names[place.parameter], shards.get(place.parameter), cell, place)
+        Piece(names[place.parameter], shards.get(place.parameter), cell, place)
         for cell in container.cells
         for place in cell.places
         if names[place.parameter] not in earlier
@@ -63,37 +60,17 @@ def write_optimizer(
     pieces = [piece for piece in pieces if piece.shard or topology.tensor_rank == 0]
     mine = [p for turn, p in enumerate(pieces) if not p.cell.whole or turn % topology.data == topology.data_rank]
     for slot in description["slots"]:
-        writer.write_boxes(slot_stem(slot), [box for piece in mine for box in piece.boxes(slot)])
+        writer.write_boxes(slot_stem(slot), [box for piece in mine for box in _boxes(container, piece, slot)])
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What this rank holds of one parameter's state."""
-
-    container: Container
-    name: str
-    shard: Shard | None
-    cell: Cell
-    place: Place
-
-    def boxes(self, slot: str) -> Iterator[Box]:
-        value = slots_of(self.container, self.cell).get(slot)
-        if value is None:
-            return
-        shape, shard = whole_shape(self.place.parameter), self.shard
-        if self.cell.whole and value.shape != self.cell.key.shape:  # what has another shape is no shard
-            shape, shard = tuple(value.shape), None
-        fragment = Fragment(self.name, shape, shard, self.place.start)
-        if self.container.makes(slot):
-            unmade = torch.empty(self.place.numel, dtype=value.dtype, device="meta")
-            yield from fragment.boxes(unmade, self._make)
-        elif self.cell.whole:
-            yield from fragment.whole(value)
-        else:
-            yield from fragment.boxes(value.view(-1).narrow(0, self.place.at, self.place.numel))
-
-    def _make(self, first: int, numel: int) -> Tensor:
-        return self.container.make_master(self.cell, self.place.at + first, numel)
+def _boxes(container: Container, piece: Piece, slot: str) -> Iterator[Box]:
+    value = slots_of(container, piece.cell).get(slot)
+    if value is None:
+        return
+    if container.makes(slot):
+        yield from piece.boxes(torch.empty_like(value, device="meta"), partial(container.make_master, piece.cell))
+    else:
+        yield from piece.boxes(value)
 
 
 def _check_file_name(slot: str) -> None:

@@ -1,4 +1,4 @@
-"""The state of replicas that each keep a part: whole on disk, and back at any number of replicas."""
+"""The state of replicas that each keep a part: on disk as each has it, and back at any number of replicas."""
 
 from pathlib import Path
 
