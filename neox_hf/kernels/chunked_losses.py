@@ -76,9 +76,9 @@ def chunked_losses(
     """The plain-torch reference. Gradients come times `factor`, where given, and the weight's is added to `into`."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     total = torch.zeros((), dtype=precise, device=hidden.device)
-    for_hidden = _empty_gradient(hidden, factor) if job.wanted[0] else None
+    for_hidden = empty_gradient(hidden, factor) if job.wanted[0] else None
     for_weight = torch.zeros_like(weight, dtype=precise) if job.wanted[1] else None
-    for part in _slices(hidden.shape[0], job.chunk):
+    for part in chunks_of(hidden.shape[0], job.chunk):
         ignored = labels[part] == job.ignore_index
         # Zeros in, so that such a token adds nothing to the weight's gradient, whatever its softmax.
         tokens = hidden[part].masked_fill(ignored[:, None], 0)
@@ -110,9 +110,9 @@ def chunked_losses_kernel(
     tokens, rows = hidden.shape[0], weight.shape[0]
     buffer = _aligned_rows(hidden, min(job.chunk, tokens), rows)
     losses = hidden.new_empty(tokens, dtype=torch.float32)
-    for_hidden = _empty_gradient(hidden, factor) if job.wanted[0] else None
-    for_weight = _sum_of_products(weight, into, tokens) if job.wanted[1] else None
-    for part in _slices(tokens, job.chunk):
+    for_hidden = empty_gradient(hidden, factor) if job.wanted[0] else None
+    for_weight = sum_of_products(weight, into, tokens) if job.wanted[1] else None
+    for part in chunks_of(tokens, job.chunk):
         known = labels[part]
         logits = product_(buffer[: known.shape[0], :rows], hidden[part], weight.t())
         _losses_and_gradient_(buffer[: known.shape[0]], known, losses[part], factor, job)
@@ -144,7 +144,7 @@ def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor
     return None
 
 
-def _empty_gradient(hidden: Tensor, factor: Tensor | None) -> Tensor:
+def empty_gradient(hidden: Tensor, factor: Tensor | None) -> Tensor:
     """Room for hidden's gradient. One that a factor is still to come to is not rounded before."""
     precise = torch.promote_types(hidden.dtype, torch.float32)
     return torch.empty_like(hidden, dtype=precise if factor is None else None)
@@ -156,12 +156,13 @@ def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty(rows, _quotient_above(columns, multiple) * multiple)
 
 
-def _sum_of_products(weight: Tensor, into: Tensor | None, tokens: int) -> Tensor:
+def sum_of_products(weight: Tensor, into: Tensor | None, tokens: int) -> Tensor:
     """What the weight's gradient is added up in; the first product overwrites what is new."""
     if into is not None:
         return into
     return (torch.empty_like if tokens else torch.zeros_like)(weight, dtype=torch.float32)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def chunks_of(length: int, step: int) -> Iterator[slice]:
+    """Of so many tokens, `step` of them each."""
     return (slice(start, min(start + step, length)) for start in range(0, length, step))

@@ -45,6 +45,7 @@ def _write(total, sums, at, inside, KEEP: tl.constexpr):
 @triton.jit
 def _runs_kernel(
     gradient,
+    factors,
     order,
     words,
     total,
@@ -72,7 +73,10 @@ def _runs_kernel(
     for place in range(first, last):
         here = column < tl.where((word >= 0) & (word < rows), columns, 0)
         token = tl.load(order + place).to(tl.int64)
-        sums += tl.load(gradient + token * columns + column, mask=here, other=0.0).to(tl.float32)
+        row = tl.load(gradient + token * columns + column, mask=here, other=0.0).to(tl.float32)
+        if factors is not None:
+            row *= tl.load(factors + token)
+        sums += row
         following = tl.load(words + place + 1, mask=place + 1 < tokens, other=-1)
         if following != word or place + 1 == last:
             if following != word and opened:
@@ -138,10 +142,13 @@ def _(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 @register("embedding_gradient", mutates=("total",))
-def embedding_gradient_(total: Tensor, ids: Tensor, gradient: Tensor, keep: bool) -> None:
+def embedding_gradient_(
+    total: Tensor, ids: Tensor, gradient: Tensor, keep: bool, factors: Tensor | None = None
+) -> None:
     """total [V, H] (+)= the gradient of a weight that `ids` [...] were looked up in, from that of the result [..., H].
 
-    Ids that are no word of these give nothing. keep: whether there is something in `total` yet.
+    Ids that are no word of these give nothing. keep: whether there is something in `total` yet. factors: fp32 [...], of
+    which each is multiplied with its row of `gradient` first.
     """
     if not keep:
         total.zero_()
@@ -153,8 +160,8 @@ def embedding_gradient_(total: Tensor, ids: Tensor, gradient: Tensor, keep: bool
     blocks, slabs = -(-columns // width), -(-tokens // BLOCK_TOKENS)
     pieces = torch.empty(2 * slabs, columns, dtype=torch.float32, device=total.device)
     how = {"KEEP": keep, "TOKENS": BLOCK_TOKENS, "WIDTH": width, "num_warps": max(width // WARP_COLUMNS, 1)}
-    gradient = gradient.contiguous()
-    _runs_kernel[(slabs * blocks,)](gradient, order, words, total, pieces, tokens, columns, rows, blocks, **how)
+    rows_added = (gradient.contiguous(), None if factors is None else factors.contiguous())
+    _runs_kernel[(slabs * blocks,)](*rows_added, order, words, total, pieces, tokens, columns, rows, blocks, **how)
     last_words = words[BLOCK_TOKENS - 1 :: BLOCK_TOKENS].contiguous()
     if last_words.numel():
         ends = torch.searchsorted(words, last_words, right=True, out_int32=True)
@@ -162,7 +169,7 @@ def embedding_gradient_(total: Tensor, ids: Tensor, gradient: Tensor, keep: bool
 
 
 @register_fake(embedding_gradient_)
-def _(total: Tensor, ids: Tensor, gradient: Tensor, keep: bool) -> None:
+def _(total: Tensor, ids: Tensor, gradient: Tensor, keep: bool, factors: Tensor | None = None) -> None:
     return None
 
 

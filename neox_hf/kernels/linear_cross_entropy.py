@@ -6,9 +6,10 @@
 Shapes: hidden [N tokens, H]; weight [V, H], this rank's rows of the head; labels int64 [N]; returns a scalar in fp32
 (fp64 for fp64). The same loss as `cross_entropy` of the logits z, where N is B x S; c is the weight of the z-loss.
 
-Tokens are taken chunk by chunk (`chunked_losses.py`), which gives the loss and both gradients at once. What the
-backward pass has to multiply them by is mostly known beforehand, and in them already (`expected_factor.py`). Where the
-vocabulary is split over ranks, two small reductions a chunk join their softmaxes (`vocabulary_share.py`).
+Tokens are taken chunk by chunk, which gives the loss and both gradients at once: by three products and a pass over the
+logits (`chunked_losses.py`), or by products alone (`power_losses.py`). What the backward pass has to multiply them by
+is mostly known beforehand, and in them already (`expected_factor.py`). Where the vocabulary is split over ranks, two
+small reductions a chunk join their softmaxes (`vocabulary_share.py`).
 """
 
 from functools import partial
@@ -24,7 +25,6 @@ from neox_hf.kernels.chunked_losses import (
     Job,
     Result,
     chunked_losses,
-    chunked_losses_kernel,
     default_chunk,
     scaled,
 )
@@ -33,6 +33,7 @@ from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.expected_factor import put_right_, quotient
 from neox_hf.kernels.gradient_dtype import gradient_dtype
 from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.power_losses import kernel_losses
 from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.vocabulary_share import Reduce, VocabularyShare
 
@@ -59,7 +60,7 @@ def linear_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Result` of a whole vocabulary, with an empty tensor for a gradient that is not wanted or that `into` has."""
     job = Job(ignore_index, VocabularyShare(first_row, rows), chunk, z_loss, (wants_hidden, wants_weight))
-    losses = chunked_losses_kernel if kernel else chunked_losses
+    losses = kernel_losses if kernel else chunked_losses
     with without_autocast(hidden.device):
         total, for_hidden, for_weight = losses(hidden, weight, labels, factor, into, job)
     nothing = hidden.new_empty
@@ -107,7 +108,7 @@ def _computed(
     """`Result` by the op or, where ranks are to be called, by what it calls."""
     share, wanted = job.share, job.wanted
     if share.all_max is not None:
-        losses = chunked_losses_kernel if kernel else chunked_losses
+        losses = kernel_losses if kernel else chunked_losses
         with without_autocast(hidden.device):
             return losses(hidden, weight, labels, factor, into, job)
     whole = (job.ignore_index, share.first_row, share.rows, job.chunk, job.z_loss, *wanted, kernel)

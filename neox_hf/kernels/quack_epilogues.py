@@ -11,9 +11,11 @@ import cutlass.cute as cute
 from cutlass import Float32
 from cutlass.base_dsl.common import DSLBaseError  # noqa: F401 (what a compilation may fail with)
 from quack.epilogue.frontend import EpiMod, gemm_epilogue
-from quack.epilogue.ops import RowVecLoad, RowVecReduce
+from quack.epilogue.ops import ColVecLoad, ColVecReduce, RowVecLoad, RowVecReduce
 
 from neox_hf.kernels.gelu_forms import BELL, BELL_AT_ZERO, ERF_STRETCH, ERF_TAIL, TANH_ARGUMENT, TANH_SLOPE
+
+LOG2_E = 1.4426950408889634
 
 
 def _exp2(x: Any) -> Any:
@@ -67,6 +69,13 @@ def _with_gate(gate: Any) -> tuple[EpiMod, EpiMod, EpiMod]:
 
 erf_gelu, erf_gelu_backward, erf_gelu_backward_again = _with_gate(_erf_gate)
 tanh_gelu, tanh_gelu_backward, tanh_gelu_backward_again = _with_gate(_tanh_gate)
+
+
+@gemm_epilogue(reduces={"total": ColVecReduce("total")}, ops={"reference": ColVecLoad("reference")})
+def powers(acc: Any, reference: Any) -> dict[str, Any]:
+    """Powers of logits over each row's reference, and their sums over the columns of a tile."""
+    power = _exp2(acc * LOG2_E - reference)
+    return {"D": power, "total": power}
 
 
 @gemm_epilogue(ops={"bias1": RowVecLoad("bias1"), "bias2": RowVecLoad("bias2")})

@@ -1,5 +1,7 @@
 """quack's products and their ends stood in for, on the host: what its epilogues are told is what is computed."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -30,6 +32,10 @@ class End:
                 parts = values.split(tile_M)
                 assert place.shape == (len(parts), values.shape[1])
                 values = torch.stack([part.sum(0) for part in parts])
+            if name == "total":
+                parts = values.split(tile_N, dim=1)
+                assert place.shape == (values.shape[0], len(parts))
+                values = torch.stack([part.sum(1) for part in parts], dim=1)
             place.copy_(values)
 
 
@@ -51,6 +57,12 @@ def gelu_backward(form):
     return compute
 
 
+def powers(acc, c, arguments):
+    assert arguments["reference"].shape == (1, acc.shape[0])
+    power = (acc * math.log2(math.e) - arguments["reference"].t()).exp2()
+    return {"D": power, "total": power}
+
+
 def add(acc, c, arguments):
     return {"D": acc + c.float() + sum(arguments[name].float() for name in ("branch", "bias1", "bias2"))}
 
@@ -66,3 +78,4 @@ class Epilogues:
             setattr(self, f"{form}_gelu_backward", End(gelu_backward(torch_s)))
             setattr(self, f"{form}_gelu_backward_again", End(gelu_backward(torch_s)))
         self.residual = End(add)
+        self.powers = End(powers)

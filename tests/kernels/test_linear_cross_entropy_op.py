@@ -192,7 +192,7 @@ def largest(monkeypatch):
 
         return watching
 
-    for name in ("chunked_losses", "chunked_losses_kernel"):
+    for name in ("chunked_losses", "kernel_losses"):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return mode
 

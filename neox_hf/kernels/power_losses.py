@@ -1,0 +1,160 @@
+"""Head and loss, where the product that makes the logits goes on to powers: no pass over the logits of a chunk is left.
+
+    E_v = 2^(z_v log2(e) - r)        r = ceil(z_y log2(e))        S = sum_v E_v        lse = ln 2 (r + log2 S)
+    p_v = E_v / S        dloss/dz_v = a E_v - [v = y]        a = (1 + 2 c lse) / S
+
+for logits z [V] of one token, its label y, and the weight c of the z-loss. z = hidden weight^T, summed in fp32, is
+never written. In its place is E, in bf16, which has the range of fp32: powers need not be below 1. So r may come from
+the label's logit alone, which is known before the product, and the product sums S as well (`fused_product.py`). What is
+left to the gradients is one number a token, a, and the label's own part, g = a E_y - 1:
+
+    dhidden = a (E weight) + g weight_y        dweight = E^T (a hidden) + sum over tokens with label v of g hidden
+
+with E_y = 0 from here on. The label's part is most of the gradient; in E, and with a hidden, it would be rounded
+twice. Where S is above 2^96, which a loss of 66 makes it, powers are made again with the largest logit as r
+(`power_rows.py`).
+
+Shapes and results are those of `chunked_losses.py`. For bf16, a whole vocabulary of a multiple of 128 or 192 words, and
+where there are such products and they are quicker.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from neox_hf.kernels.chunked_losses import (
+    CHUNK_MULTIPLE,
+    Job,
+    Result,
+    chunked_losses_kernel,
+    chunks_of,
+    empty_gradient,
+    sum_of_products,
+)
+from neox_hf.kernels.embedding import embedding_gradient_
+from neox_hf.kernels.fused_product import TILES, FusedProduct, Tile, epilogues, fused_tile
+from neox_hf.kernels.power_rows import add_labels_, finish_rows, references_of
+from neox_hf.kernels.product import is_chosen, product_
+from neox_hf.kernels.softmax_rows import losses_and_gradient_
+from neox_hf.kernels.weight_gradient import add_product_
+
+POWER_TILES = ("192x128 1x2", "128x192 1x2", "128x192 2x1")
+"""Those that were quickest, of which the columns have to divide the vocabulary: beyond its end there are no powers."""
+
+ROWS_COMPARED = 16
+"""Of which gradients are compared, where a tile is chosen."""
+
+
+class PowerLosses:
+    """The losses of tokens hidden [N, H], chunk by chunk, with products of one tile."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | None, job: Job) -> None:
+        self.hidden, self.weight, self.labels, self.factor, self.job = hidden, weight, labels, factor, job
+        self.place = {"first_word": job.share.first_row, "ignore_index": job.ignore_index}
+        self.at_label, self.references = references_of(hidden, weight, labels, **self.place)
+        self.losses, self.shares, self.own = (torch.empty_like(self.at_label) for _ in range(3))
+
+    def powers(self, part: slice, room: Tensor, tile: Tile, scaled: Tensor | None) -> Tensor:
+        """E [C, V] of a chunk, in `room`; its losses, and into `scaled` [C, H], where given, a x."""
+        x, references = self.hidden[part], self.references[part]
+        powers = room[: x.shape[0]]
+        sums = powers.new_empty(x.shape[0], powers.shape[1] // tile.columns, dtype=torch.float32)
+        arguments = {"reference": references[None], "total": sums}
+        epilogues().powers.gemm(x, self.weight, powers, epi_args=arguments, **tile.arguments)
+        gradient = (self.shares[part], self.own[part], scaled) if any(self.job.wanted) else None
+        finish_rows(
+            powers,
+            sums,
+            x,
+            self.weight,
+            self.labels[part],
+            self.at_label[part],
+            references,
+            self.losses[part],
+            gradient,
+            **self.place,
+            z_loss=self.job.z_loss,
+            factor=self.factor,
+        )
+        return powers
+
+    def all(self, into: Tensor | None, tile: Tile) -> Result:
+        """`Result` of all chunks."""
+        hidden, weight, (for_hidden, for_weight) = self.hidden, self.weight, (None, None)
+        tokens, most = hidden.shape[0], min(self.job.chunk, hidden.shape[0])
+        room, scaled = hidden.new_empty(most, weight.shape[0]), None
+        if self.job.wanted[0]:
+            for_hidden = empty_gradient(hidden, self.factor)
+        if self.job.wanted[1]:
+            for_weight = sum_of_products(weight, into, tokens)
+            # A chunk's a hidden may lie where hidden's gradient comes to lie, if that is as wide.
+            scaled = for_hidden
+            if for_hidden is None or for_hidden.dtype != hidden.dtype:
+                scaled = hidden.new_empty(most, hidden.shape[1])
+        for part in chunks_of(tokens, self.job.chunk):
+            here = None if scaled is None else scaled[part if scaled is for_hidden else slice(tokens - part.start)]
+            powers = self.powers(part, room, tile, here)
+            if for_weight is not None:
+                add_product_(for_weight, powers, here, keep=into is not None or part.start > 0)
+            if for_hidden is not None:
+                gradient = product_(for_hidden[part], powers, weight)
+                per_token = (self.labels[part], self.shares[part], self.own[part])
+                add_labels_(gradient, weight, *per_token, **self.place)
+        if for_weight is not None:
+            words = self.labels - self.job.share.first_row
+            embedding_gradient_(for_weight, words, hidden, True, self.own)
+        return self.losses.sum(), for_hidden, for_weight
+
+    def logits_gradient(self, powers: Tensor, rows: int) -> Tensor:
+        """The gradient [rows, V] in the logits of the first tokens, which is put together for comparisons alone."""
+        words = self.labels[:rows] - self.job.share.first_row
+        inside = (words >= 0) & (words < powers.shape[1])
+        gradient = powers[:rows] * self.shares[:rows, None]
+        own = self.own[:rows].where(inside, 0)
+        return gradient.scatter_add_(1, words.where(inside, 0)[:, None], own[:, None])
+
+
+def kernel_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | None, into: Tensor | None, job: Job
+) -> Result:
+    """`chunked_losses` in Triton, with powers where those are quicker."""
+    tile = power_tile(hidden, weight, labels, factor, job)
+    if tile is None:
+        return chunked_losses_kernel(hidden, weight, labels, factor, into, job)
+    return PowerLosses(hidden, weight, labels, factor, job).all(into, tile)
+
+
+def power_tile(hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | None, job: Job) -> Tile | None:
+    """The tile that `PowerLosses` are to have, or None where `chunked_losses_kernel` is quicker, or the only way."""
+    words, (x, known) = weight.shape[0], (each[: job.chunk] for each in (hidden, labels))
+    tiles = tuple(text for text in POWER_TILES if words % TILES[text].columns == 0)
+    if not tiles or not _suits(x, weight, job):
+        return None
+
+    @functools.cache
+    def trial() -> tuple[PowerLosses, Tensor]:
+        wanted = job._replace(wanted=(True, True))
+        return PowerLosses(x, weight, known, factor, wanted), x.new_empty(x.shape[0], words)
+
+    def apart() -> tuple[Tensor, Tensor]:
+        losses, room = trial()
+        logits = product_(room, x, weight.t())
+        place = losses.place | {"words": words, "z_loss": job.z_loss, "factor": factor}
+        losses_and_gradient_(logits, known, losses.losses, **place)
+        return losses.losses.clone(), logits[:ROWS_COMPARED].clone()
+
+    def fused(tile: Tile) -> tuple[Tensor, Tensor]:
+        losses, room = trial()
+        powers = losses.powers(slice(None), room, tile, torch.empty_like(x))
+        return losses.losses.clone(), losses.logits_gradient(powers, ROWS_COMPARED)
+
+    product = FusedProduct("product, powers of logits", tiles)
+    return fused_tile(product, (x, weight), (*x.shape, words), apart, fused)
+
+
+def _suits(x: Tensor, weight: Tensor, job: Job) -> bool:
+    """Whether a chunk x [C, H] and the whole head are what these products and kernels take."""
+    whole = job.share.all_max is None and job.share.rows == weight.shape[0]
+    lies_well = x.is_contiguous() and weight.is_contiguous() and job.chunk % CHUNK_MULTIPLE == 0
+    return whole and lies_well and weight.dtype == torch.bfloat16 and is_chosen("auto", x, weight.t())
