@@ -8,24 +8,20 @@ from torch import Tensor
 
 from neox_hf.kernels.devices import on_device_of
 from neox_hf.kernels.language import tl, triton
+from neox_hf.kernels.softmax_rows import LN_2, LOG2_E, LOWEST, label_column_of
 
 MOST_TOTAL = tl.constexpr(2.0**96)
 """Sums of powers beyond this are made again: products with them could leave the range of fp32."""
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)
 
 WORDS_AGAIN = tl.constexpr(64)
 """Words whose logits are made again at a time."""
 
 
 @triton.jit
-def _column_of(label, first_word, words, ignore_index):
-    """The label's column; -1 where it has none, or is ignored."""
-    column = label - first_word
-    held = (column >= 0) & (column < words) & (label != ignore_index)
-    return tl.where(held, column, -1)
+def _word_of(label, first_word, words, ignore_index):
+    """Row of the head that is the label's; -1 where it has none, or is ignored."""
+    column, held = label_column_of(label, first_word, words)
+    return tl.where(held & (label != ignore_index), column, -1).to(tl.int64)
 
 
 @triton.jit
@@ -34,7 +30,7 @@ def _references_kernel(
 ):
     token = tl.program_id(0)
     label = tl.load(labels + token)
-    word = _column_of(label, first_word, words, ignore_index)
+    word = _word_of(label, first_word, words, ignore_index)
     here = tl.arange(0, BLOCK)
     x = tl.load(hidden + token.to(tl.int64) * columns + here, mask=here < columns, other=0.0).to(tl.float32)
     w = tl.load(weight + word * columns + here, mask=here < tl.where(word >= 0, columns, 0), other=0.0).to(tl.float32)
@@ -102,7 +98,7 @@ def _finish_kernel(
     token = tl.program_id(0).to(tl.int64)
     row, x_row = powers + token * row_stride, hidden + token * columns
     label = tl.load(labels + token)
-    word = _column_of(label, first_word, words, ignore_index)
+    word = _word_of(label, first_word, words, ignore_index)
     logit, reference = tl.load(at_label + token), tl.load(references + token)
     part = tl.arange(0, PARTS)
     total = tl.sum(tl.load(sums + token * parts + part, mask=part < parts, other=0.0), 0)
@@ -136,7 +132,7 @@ def _labels_kernel(
     gradient, weight, labels, shares, own, columns, words, first_word, ignore_index, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
-    word = _column_of(tl.load(labels + token), first_word, words, ignore_index)
+    word = _word_of(tl.load(labels + token), first_word, words, ignore_index)
     here = tl.arange(0, BLOCK)
     w = tl.load(weight + word * columns + here, mask=here < tl.where(word >= 0, columns, 0), other=0.0).to(tl.float32)
     place = gradient + token * columns + here

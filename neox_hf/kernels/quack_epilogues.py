@@ -4,6 +4,7 @@
 place. Imported by `fused_product.py`, where quack is installed.
 """
 
+import math
 from typing import Any
 
 import cutlass
@@ -15,7 +16,7 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce, RowVecLoad, RowVecReduc
 
 from neox_hf.kernels.gelu_forms import BELL, BELL_AT_ZERO, ERF_STRETCH, ERF_TAIL, TANH_ARGUMENT, TANH_SLOPE
 
-LOG2_E = 1.4426950408889634
+LOG2_E = math.log2(math.e)
 
 
 def _exp2(x: Any) -> Any:

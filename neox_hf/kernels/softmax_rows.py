@@ -149,7 +149,7 @@ def _gradient(z, start, maximum, share, label_column, onehot, GROUPS: tl.constex
 
 
 @triton.jit
-def _label_column(label, first_word, words):
+def label_column_of(label, first_word, words):
     """Column of a label among these words, and whether it has one; -1 where it has not."""
     column = label - first_word
     held = (column >= 0) & (column < words)
@@ -194,7 +194,7 @@ def _fused_kernel(
                 nothing = tl.zeros((GROUPS, VECTOR), logits.dtype.element_ty)
                 tl.store(row + here, nothing, mask=here < columns)
         else:
-            label_column, held = _label_column(label, first_word, words)
+            label_column, held = label_column_of(label, first_word, words)
             at_label = tl.load(row + label_column, mask=held, other=0.0).to(tl.float32)
             maximum, total = _statistics(row, columns, words, GROUPS, VECTOR)
             tl.store(losses + index, _loss(maximum, total, at_label, held, z_loss))
@@ -234,7 +234,7 @@ def _statistics_kernel(
     row = logits + index * tl.cast(row_stride, tl.int64)
     label = tl.load(labels + index)
     ignored = label == ignore_index
-    label_column, held = _label_column(label, first_word, words)
+    label_column, held = label_column_of(label, first_word, words)
     at_label = tl.load(row + label_column, mask=held & (label != ignore_index), other=0.0).to(tl.float32)
     # An ignored row reads no word, and stands for one logit of 0.
     maximum, total = _statistics(row, columns, tl.where(ignored, 0, words), GROUPS, VECTOR)
@@ -273,7 +273,7 @@ def _gradient_kernel(
     row = logits + index * tl.cast(row_stride, tl.int64)
     z = _words_of(row, here, columns, words)  # waits for no label
     label = tl.load(labels + index)
-    label_column, _ = _label_column(label, first_word, words)
+    label_column, _ = label_column_of(label, first_word, words)
     maximum = tl.load(maxima + index)
     total = tl.load(sums + index * 3)
     onehot = _factor(factor)
