@@ -8,7 +8,7 @@ from torch import Tensor
 
 from neox_hf.kernels.devices import on_device_of
 from neox_hf.kernels.language import tl, triton
-from neox_hf.kernels.softmax_rows import LN_2, LOG2_E, LOWEST, label_column_of
+from neox_hf.kernels.softmax_rows import LN_2, LOG2_E, LOWEST, factor_of, label_column_of
 
 MOST_TOTAL = tl.constexpr(2.0**96)
 """Sums of powers beyond this are made again: products with them could leave the range of fp32."""
@@ -113,9 +113,7 @@ def _finish_kernel(
     nothing = tl.where(label == ignore_index, 0.0, float("nan"))  # a label that is no word
     tl.store(losses + token, tl.where(word >= 0, loss, nothing))
     if shares is not None:
-        times = 1.0
-        if factor is not None:
-            times = tl.load(factor).to(tl.float32)
+        times = factor_of(factor)
         excess = 1.0 + 2.0 * z_loss * lse
         share = tl.where(word >= 0, times * excess / total, 0.0)
         tl.store(shares + token, share)

@@ -157,7 +157,8 @@ def label_column_of(label, first_word, words):
 
 
 @triton.jit
-def _factor(factor):
+def factor_of(factor):
+    """What a gradient is to be times: 1, or one number in memory."""
     if factor is None:
         return 1.0
     else:
@@ -183,7 +184,7 @@ def _fused_kernel(
     BLOCK: tl.constexpr = GROUPS * VECTOR
     whole = words // BLOCK * BLOCK
     stride = tl.cast(row_stride, tl.int64)
-    onehot = _factor(factor)
+    onehot = factor_of(factor)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = logits + index * stride
         label = tl.load(labels + index)
@@ -276,7 +277,7 @@ def _gradient_kernel(
     label_column, _ = label_column_of(label, first_word, words)
     maximum = tl.load(maxima + index)
     total = tl.load(sums + index * 3)
-    onehot = _factor(factor)
+    onehot = factor_of(factor)
     share = _share(maximum, total, z_loss, onehot)
     gradient = _gradient(z, start, maximum, share, label_column, onehot, GROUPS, VECTOR)
     gradient = tl.where(here < tl.where(label == ignore_index, 0, words), gradient, 0.0)
