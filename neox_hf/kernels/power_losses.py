@@ -98,13 +98,16 @@ class PowerLosses:
             if for_weight is not None:
                 add_product_(for_weight, powers, here, keep=into is not None or part.start > 0)
             if for_hidden is not None:
-                gradient = product_(for_hidden[part], powers, weight)
-                per_token = (self.labels[part], self.shares[part], self.own[part])
-                add_labels_(gradient, weight, *per_token, **self.place)
+                self._hidden_gradient(powers, part, for_hidden[part])
         if for_weight is not None:
             words = self.labels - self.job.share.first_row
             embedding_gradient_(for_weight, words, hidden, True, self.own)
         return self.losses.sum(), for_hidden, for_weight
+
+    def _hidden_gradient(self, powers: Tensor, part: slice, out: Tensor) -> None:
+        product_(out, powers, self.weight)
+        per_token = (self.labels[part], self.shares[part], self.own[part])
+        add_labels_(out, self.weight, *per_token, **self.place)
 
     def logits_gradient(self, powers: Tensor, rows: int) -> Tensor:
         """The gradient [rows, V] in the logits of the first tokens, which is put together for comparisons alone."""

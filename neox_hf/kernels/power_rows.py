@@ -3,6 +3,8 @@
 All powers are of 2, so logits are counted in units of log2(e): `at_label` is z_y log2(e), `reference` is r.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -143,15 +145,9 @@ def references_of(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, first_word: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """z_y log2(e) and r, fp32 [N], of hidden [N, H] and weight [V, H]. Without a word as its label r is inf."""
-    tokens, columns = hidden.shape
-    at_label, references = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    if tokens:
-        block = triton.next_power_of_2(columns)
-        sizes = (columns, weight.shape[0], first_word, ignore_index)
-        with on_device_of(hidden):
-            _references_kernel[(tokens,)](
-                hidden, weight, labels, at_label, references, *sizes, BLOCK=block, num_warps=_warps(block)
-            )
+    at_label, references = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+    tensors = (hidden, weight, labels, at_label, references)
+    _for_each_row(_references_kernel, tensors, weight.shape[0], first_word, ignore_index)
     return at_label, references
 
 
@@ -191,16 +187,15 @@ def add_labels_(
     gradient: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, own: Tensor, *, first_word: int, ignore_index: int
 ) -> None:
     """gradient [C, H] = shares gradient + own weight_y, in place: from E weight, the gradient of hidden."""
-    tokens, columns = gradient.shape
-    if tokens:
-        block = triton.next_power_of_2(columns)
-        sizes = (columns, weight.shape[0], first_word, ignore_index)
-        with on_device_of(gradient):
-            _labels_kernel[(tokens,)](
-                gradient, weight, labels, shares, own, *sizes, BLOCK=block, num_warps=_warps(block)
-            )
+    tensors = (gradient, weight, labels, shares, own)
+    _for_each_row(_labels_kernel, tensors, weight.shape[0], first_word, ignore_index)
 
 
-def _warps(block: int) -> int:
-    """For a row: 8 elements a lane."""
-    return min(max(block // 256, 1), 16)
+def _for_each_row(kernel: Any, tensors: tuple[Tensor, ...], words: int, first_word: int, ignore_index: int) -> None:
+    """Launch `kernel`, a program for each row [H] of the first of `tensors`, 8 elements a lane."""
+    rows, columns = tensors[0].shape
+    block = triton.next_power_of_2(columns)
+    warps = min(max(block // 256, 1), 16)
+    if rows:
+        with on_device_of(tensors[0]):
+            kernel[(rows,)](*tensors, columns, words, first_word, ignore_index, BLOCK=block, num_warps=warps)

@@ -35,6 +35,13 @@ def test_what_is_there_is_added_to_or_overwritten(keep):
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_are_weighed():
+    ids, dy, factors, total = in_blocks(CPU), torch.randn(241, 24).bfloat16(), torch.randn(241), torch.randn(9, 24)
+    wanted = total.double().index_add(0, ids, dy.double() * factors[:, None])
+    embedding_gradient_(total, ids, dy, True, factors)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_same_bits_again():
     ids, dy = in_blocks(CPU), torch.randn(241, 24)
     first, second = torch.empty(9, 24), torch.empty(9, 24)
@@ -98,9 +105,9 @@ def test_compiles_into_one_graph():
 
 def test_a_fake_tensor_knows_the_ops():
     what = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(
-        embedding_gradient_, (torch.empty(9, 24), in_blocks(CPU), torch.randn(241, 24), False), **what
-    )
+    gradient = (torch.empty(9, 24), in_blocks(CPU), torch.randn(241, 24), False)
+    for factors in ((), (torch.randn(241),)):
+        torch.library.opcheck(embedding_gradient_, (*gradient, *factors), **what)
     torch.library.opcheck(embedding_of_share, (in_blocks(CPU), torch.randn(4, 24)), **what)
 
 
