@@ -34,7 +34,7 @@ from neox_hf.kernels.chunked_losses import (
 )
 from neox_hf.kernels.embedding import embedding_gradient_
 from neox_hf.kernels.fused_product import TILES, FusedProduct, Tile, epilogues, fused_tile
-from neox_hf.kernels.power_rows import add_labels_, finish_rows, references_of
+from neox_hf.kernels.power_rows import add_labels_, finish_rows, per_token
 from neox_hf.kernels.product import is_chosen, product_
 from neox_hf.kernels.softmax_rows import losses_and_gradient_
 from neox_hf.kernels.weight_gradient import add_product_
@@ -50,33 +50,17 @@ class PowerLosses:
     """The losses of tokens hidden [N, H], chunk by chunk, with products of one tile."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | None, job: Job) -> None:
-        self.hidden, self.weight, self.labels, self.factor, self.job = hidden, weight, labels, factor, job
-        self.place = {"first_word": job.share.first_row, "ignore_index": job.ignore_index}
-        self.at_label, self.references = references_of(hidden, weight, labels, **self.place)
-        self.losses, self.shares, self.own = (torch.empty_like(self.at_label) for _ in range(3))
+        self.hidden, self.weight, self.factor, self.job = hidden, weight, factor, job
+        self.tokens = per_token(hidden, weight, labels, job)
 
     def powers(self, part: slice, room: Tensor, tile: Tile, scaled: Tensor | None) -> Tensor:
         """E [C, V] of a chunk, in `room`; its losses, and into `scaled` [C, H], where given, a x."""
-        x, references = self.hidden[part], self.references[part]
+        x, tokens = self.hidden[part], self.tokens.of(part)
         powers = room[: x.shape[0]]
         sums = powers.new_empty(x.shape[0], powers.shape[1] // tile.columns, dtype=torch.float32)
-        arguments = {"reference": references[None], "total": sums}
+        arguments = {"reference": tokens.references[None], "total": sums}
         epilogues().powers.gemm(x, self.weight, powers, epi_args=arguments, **tile.arguments)
-        gradient = (self.shares[part], self.own[part], scaled) if any(self.job.wanted) else None
-        finish_rows(
-            powers,
-            sums,
-            x,
-            self.weight,
-            self.labels[part],
-            self.at_label[part],
-            references,
-            self.losses[part],
-            gradient,
-            **self.place,
-            z_loss=self.job.z_loss,
-            factor=self.factor,
-        )
+        finish_rows(powers, sums, x, self.weight, tokens, scaled, self.job, self.factor)
         return powers
 
     def all(self, into: Tensor | None, tile: Tile) -> Result:
@@ -100,22 +84,20 @@ class PowerLosses:
             if for_hidden is not None:
                 self._hidden_gradient(powers, part, for_hidden[part])
         if for_weight is not None:
-            words = self.labels - self.job.share.first_row
-            embedding_gradient_(for_weight, words, hidden, True, self.own)
-        return self.losses.sum(), for_hidden, for_weight
+            words = self.tokens.labels - self.job.share.first_row
+            embedding_gradient_(for_weight, words, hidden, True, self.tokens.own)
+        return self.tokens.losses.sum(), for_hidden, for_weight
 
     def _hidden_gradient(self, powers: Tensor, part: slice, out: Tensor) -> None:
-        product_(out, powers, self.weight)
-        per_token = (self.labels[part], self.shares[part], self.own[part])
-        add_labels_(out, self.weight, *per_token, **self.place)
+        add_labels_(product_(out, powers, self.weight), self.weight, self.tokens.of(part), self.job)
 
     def logits_gradient(self, powers: Tensor, rows: int) -> Tensor:
         """The gradient [rows, V] in the logits of the first tokens, which is put together for comparisons alone."""
-        words = self.labels[:rows] - self.job.share.first_row
+        tokens = self.tokens.of(slice(rows))
+        words = tokens.labels - self.job.share.first_row
         inside = (words >= 0) & (words < powers.shape[1])
-        gradient = powers[:rows] * self.shares[:rows, None]
-        own = self.own[:rows].where(inside, 0)
-        return gradient.scatter_add_(1, words.where(inside, 0)[:, None], own[:, None])
+        gradient = powers[:rows] * tokens.shares[:, None]
+        return gradient.scatter_add_(1, words.where(inside, 0)[:, None], tokens.own.where(inside, 0)[:, None])
 
 
 def kernel_losses(
@@ -136,21 +118,21 @@ def power_tile(hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor | 
         return None
 
     @functools.cache
-    def trial() -> tuple[PowerLosses, Tensor]:
+    def rehearsal() -> tuple[PowerLosses, Tensor]:
         wanted = job._replace(wanted=(True, True))
         return PowerLosses(x, weight, known, factor, wanted), x.new_empty(x.shape[0], words)
 
     def apart() -> tuple[Tensor, Tensor]:
-        losses, room = trial()
-        logits = product_(room, x, weight.t())
-        place = losses.place | {"words": words, "z_loss": job.z_loss, "factor": factor}
-        losses_and_gradient_(logits, known, losses.losses, **place)
-        return losses.losses.clone(), logits[:ROWS_COMPARED].clone()
+        trial, room = rehearsal()
+        logits, losses = product_(room, x, weight.t()), torch.empty_like(trial.tokens.losses)
+        place = {"first_word": job.share.first_row, "ignore_index": job.ignore_index, "words": words}
+        losses_and_gradient_(logits, known, losses, **place, z_loss=job.z_loss, factor=factor)
+        return losses, logits[:ROWS_COMPARED].clone()
 
     def fused(tile: Tile) -> tuple[Tensor, Tensor]:
-        losses, room = trial()
-        powers = losses.powers(slice(None), room, tile, torch.empty_like(x))
-        return losses.losses.clone(), losses.logits_gradient(powers, ROWS_COMPARED)
+        trial, room = rehearsal()
+        powers = trial.powers(slice(None), room, tile, torch.empty_like(x))
+        return trial.tokens.losses.clone(), trial.logits_gradient(powers, ROWS_COMPARED)
 
     product = FusedProduct("product, powers of logits", tiles)
     return fused_tile(product, (x, weight), (*x.shape, words), apart, fused)

@@ -3,11 +3,12 @@
 All powers are of 2, so logits are counted in units of log2(e): `at_label` is z_y log2(e), `reference` is r.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from neox_hf.kernels.chunked_losses import Job
 from neox_hf.kernels.devices import on_device_of
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.softmax_rows import LN_2, LOG2_E, LOWEST, factor_of, label_column_of
@@ -141,14 +142,28 @@ def _labels_kernel(
     tl.store(place, total.to(gradient.dtype.element_ty), mask=here < columns)
 
 
-def references_of(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, first_word: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """z_y log2(e) and r, fp32 [N], of hidden [N, H] and weight [V, H]. Without a word as its label r is inf."""
-    at_label, references = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
-    tensors = (hidden, weight, labels, at_label, references)
-    _for_each_row(_references_kernel, tensors, weight.shape[0], first_word, ignore_index)
-    return at_label, references
+class PerToken(NamedTuple):
+    """Numbers of tokens [N], all but their labels in fp32.
+
+    at_label: z_y log2(e). references: r; inf for a token without a word as its label. losses. shares: a. own: g.
+    """
+
+    labels: Tensor
+    at_label: Tensor
+    references: Tensor
+    losses: Tensor
+    shares: Tensor
+    own: Tensor
+
+    def of(self, part: slice) -> "PerToken":
+        return PerToken(*(each[part] for each in self))
+
+
+def per_token(hidden: Tensor, weight: Tensor, labels: Tensor, job: Job) -> PerToken:
+    """Of tokens hidden [N, H] and the head's weight [V, H]: what is known before its product. The rest is room."""
+    tokens = PerToken(labels, *(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(5)))
+    _for_each_row(_references_kernel, (hidden, weight, labels, tokens.at_label, tokens.references), weight, job)
+    return tokens
 
 
 def finish_rows(
@@ -156,46 +171,39 @@ def finish_rows(
     sums: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
-    at_label: Tensor,
-    references: Tensor,
-    losses: Tensor,
-    gradient: tuple[Tensor, Tensor, Tensor | None] | None,
-    *,
-    first_word: int,
-    ignore_index: int,
-    z_loss: float,
+    tokens: PerToken,
+    scaled: Tensor | None,
+    job: Job,
     factor: Tensor | None,
 ) -> None:
-    """From powers [C, V] and their sums, in parts [C, P]: losses [C], and into `gradient`, where one is wanted, each
-    row's share [C], its label's own part [C], and v x [C, H], if there is room for it. The label's power becomes 0.
+    """From powers [C, V] and their sums, in parts [C, P], the losses of tokens hidden [C, H] and, where gradients are
+    wanted, shares and own. scaled [C, H], where given, gets a x. The label's power becomes 0.
 
     Rows whose sum is too large get another reference, and powers that are made again."""
-    (tokens, columns), (words, parts) = hidden.shape, (powers.shape[1], sums.shape[1])
+    (rows, columns), (words, parts) = hidden.shape, (powers.shape[1], sums.shape[1])
     assert words % WORDS_AGAIN.value == 0, f"{words} words are no multiple of {WORDS_AGAIN.value}"
-    if tokens == 0:
+    if rows == 0:
         return
+    labels, at_label, references, losses, shares, own = tokens
+    gradient = (shares, own, scaled) if any(job.wanted) else (None, None, None)
+    tensors = (powers, sums, hidden, weight, labels, at_label, references, factor, losses, *gradient)
+    sizes = (powers.stride(0), parts, columns, words, job.share.first_row, job.ignore_index, job.z_loss)
     block = triton.next_power_of_2(columns)
-    tensors = (powers, sums, hidden, weight, labels, at_label, references, factor, losses, *(gradient or (None,) * 3))
-    sizes = (powers.stride(0), parts, columns, words, first_word, ignore_index, z_loss)
     blocks = {"PARTS": triton.next_power_of_2(parts), "BLOCK": block, "BLOCK_AGAIN": min(block, 64)}
     with on_device_of(powers):
-        _finish_kernel[(tokens,)](*tensors, *sizes, **blocks, num_warps=4)
+        _finish_kernel[(rows,)](*tensors, *sizes, **blocks, num_warps=4)
 
 
-def add_labels_(
-    gradient: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, own: Tensor, *, first_word: int, ignore_index: int
-) -> None:
-    """gradient [C, H] = shares gradient + own weight_y, in place: from E weight, the gradient of hidden."""
-    tensors = (gradient, weight, labels, shares, own)
-    _for_each_row(_labels_kernel, tensors, weight.shape[0], first_word, ignore_index)
+def add_labels_(gradient: Tensor, weight: Tensor, tokens: PerToken, job: Job) -> None:
+    """gradient [C, H] = a gradient + g weight_y, in place: from E weight, the gradient of hidden."""
+    _for_each_row(_labels_kernel, (gradient, weight, tokens.labels, tokens.shares, tokens.own), weight, job)
 
 
-def _for_each_row(kernel: Any, tensors: tuple[Tensor, ...], words: int, first_word: int, ignore_index: int) -> None:
+def _for_each_row(kernel: Any, tensors: tuple[Tensor, ...], weight: Tensor, job: Job) -> None:
     """Launch `kernel`, a program for each row [H] of the first of `tensors`, 8 elements a lane."""
     rows, columns = tensors[0].shape
     block = triton.next_power_of_2(columns)
-    warps = min(max(block // 256, 1), 16)
+    sizes = (columns, weight.shape[0], job.share.first_row, job.ignore_index)
     if rows:
-        with on_device_of(tensors[0]):
-            kernel[(rows,)](*tensors, columns, words, first_word, ignore_index, BLOCK=block, num_warps=warps)
+        with on_device_of(weight):
+            kernel[(rows,)](*tensors, *sizes, BLOCK=block, num_warps=min(max(block // 256, 1), 16))
