@@ -65,22 +65,19 @@ class PowerLosses:
 
     def all(self, into: Tensor | None, tile: Tile) -> Result:
         """`Result` of all chunks."""
-        hidden, weight, (for_hidden, for_weight) = self.hidden, self.weight, (None, None)
-        tokens, most = hidden.shape[0], min(self.job.chunk, hidden.shape[0])
-        room, scaled = hidden.new_empty(most, weight.shape[0]), None
-        if self.job.wanted[0]:
-            for_hidden = empty_gradient(hidden, self.factor)
-        if self.job.wanted[1]:
-            for_weight = sum_of_products(weight, into, tokens)
-            # A chunk's a hidden may lie where hidden's gradient comes to lie, if that is as wide.
-            scaled = for_hidden
-            if for_hidden is None or for_hidden.dtype != hidden.dtype:
-                scaled = hidden.new_empty(most, hidden.shape[1])
-        for part in chunks_of(tokens, self.job.chunk):
-            here = None if scaled is None else scaled[part if scaled is for_hidden else slice(tokens - part.start)]
-            powers = self.powers(part, room, tile, here)
+        hidden, weight, wanted = self.hidden, self.weight, self.job.wanted
+        for_hidden = empty_gradient(hidden, self.factor) if wanted[0] else None
+        for_weight = sum_of_products(weight, into, hidden.shape[0]) if wanted[1] else None
+        room = hidden.new_empty(min(self.job.chunk, hidden.shape[0]), weight.shape[0])
+        # A chunk's a hidden may lie where hidden's gradient comes to lie, if that is as wide.
+        lies_there = for_hidden is not None and for_hidden.dtype == hidden.dtype
+        for part in chunks_of(hidden.shape[0], self.job.chunk):
+            scaled = None
             if for_weight is not None:
-                add_product_(for_weight, powers, here, keep=into is not None or part.start > 0)
+                scaled = for_hidden[part] if lies_there else torch.empty_like(hidden[part])
+            powers = self.powers(part, room, tile, scaled)
+            if for_weight is not None:
+                add_product_(for_weight, powers, scaled, keep=into is not None or part.start > 0)
             if for_hidden is not None:
                 self._hidden_gradient(powers, part, for_hidden[part])
         if for_weight is not None:
