@@ -3,6 +3,8 @@
     python scripts/compare_precisions.py --config recipes/pythia_160m.yaml --precisions bf16 fp8 --steps 500 \
         --set train.global_batch_size=32
     python scripts/compare_precisions.py --config recipes/pythia_160m.yaml --precisions stock:amp amp bf16 --steps 200
+    torchrun --standalone --nproc-per-node 1 scripts/compare_precisions.py --config recipes/pythia_160m.yaml \
+        --precisions stock:fp16 fp16 --steps 200 --set parallel.zero_stage=1        # DeepSpeed's loss scale
 
 `stock:` before a precision trains transformers' own class, with its own operations, instead of ours. Prints the mean
 loss of each window of steps, how far each run is from the first one, and, where the recipe holds documents out, their
@@ -19,6 +21,7 @@ import torch
 from transformers import GPTNeoXConfig as StockConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM as StockForCausalLM
 
+from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import Recipe, load_recipe
 from neox_hf.training.trainer import NeoXTrainer
@@ -48,7 +51,7 @@ def losses(recipe: Recipe, stock: bool) -> tuple[list[float], list[float], float
     args = recipe.training_arguments()
     trainer = build_trainer(recipe, args, recipe.topology(args.world_size, args.process_index).connect())
     if stock:
-        trainer = of_stock_model(trainer)
+        trainer = of_stock_model(trainer, recipe.training_arguments())
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     held_out = trainer.evaluate()["eval_loss"]
@@ -56,14 +59,18 @@ def losses(recipe: Recipe, stock: bool) -> tuple[list[float], list[float], float
     return [entry["loss"] for entry in logs], [entry["grad_norm"] for entry in logs], held_out
 
 
-def of_stock_model(trainer: NeoXTrainer) -> NeoXTrainer:
-    """The same run of transformers' class, from the same weights."""
+def of_stock_model(trainer: NeoXTrainer, args: NeoXTrainingArguments) -> NeoXTrainer:
+    """The same run of transformers' class, from the same weights.
+
+    args: made after `trainer`, whose own serve no second one: Accelerate takes one DeepSpeed configuration a process
+    until new arguments begin anew.
+    """
     ours = trainer.model
     model = StockForCausalLM(StockConfig.from_dict(ours.config.to_dict()))
     model.load_state_dict(ours.state_dict())
     return NeoXTrainer(
         model,
-        trainer.args,
+        args,
         topology=trainer.topology,
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,

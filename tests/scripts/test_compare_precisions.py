@@ -1,21 +1,38 @@
 """`scripts/compare_precisions.py` trains one recipe twice and tells how far apart the curves are."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from scripts import compare_precisions
+from tests.gloo import run_ranks
 from tests.runs import tiny_recipe, write_corpus
 
 
-def test_curves_and_what_is_held_out(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    """Four steps of the tiny recipe, their figures in `figures.json`."""
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_recipe(corpus, tmp_path / "elsewhere")))
-    figures = tmp_path / "figures.json"
-    options = ["--config", str(tmp_path / "tiny.json"), "--steps", "4", "--window", "2", "--json", str(figures)]
-    monkeypatch.setattr("sys.argv", ["compare_precisions.py", *options, "--set", "model.hidden_dropout=0"])
+    files = ["--config", str(tmp_path / "tiny.json"), "--json", str(tmp_path / "figures.json")]
+    return [*files, "--steps", "4", "--window", "2"]
+
+
+def compare(rank: int, arguments: list[str], *settings: str) -> None:
+    sys.argv = ["compare_precisions.py", *arguments, "--set", "model.hidden_dropout=0", *settings]
     compare_precisions.main()
-    written = json.loads(figures.read_text())
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / "figures.json").read_text())
+
+
+def test_curves_and_what_is_held_out(tmp_path, arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", sys.argv)
+    compare(0, arguments)
+    written = figures(tmp_path)
     half, eight = written["losses"]["bf16"], written["losses"]["fp8"]
     assert len(half) == len(eight) == 4
     assert half != eight == pytest.approx(half, rel=1e-2)
@@ -26,15 +43,12 @@ def test_curves_and_what_is_held_out(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_stock_class_follows(tmp_path, monkeypatch):
-    corpus = write_corpus(tmp_path / "corpus.jsonl")
-    (tmp_path / "tiny.json").write_text(json.dumps(tiny_recipe(corpus, tmp_path / "elsewhere")))
-    figures = tmp_path / "figures.json"
-    options = ["--config", str(tmp_path / "tiny.json"), "--steps", "4", "--window", "2", "--json", str(figures)]
-    runs = ["--precisions", "stock:fp32", "fp32", "--set", "model.hidden_dropout=0"]
-    monkeypatch.setattr("sys.argv", ["compare_precisions.py", *options, *runs])
-    compare_precisions.main()
-    written = json.loads(figures.read_text())
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_the_stock_class_follows(tmp_path, arguments, zero_stage):
+    """In a DeepSpeed engine too: fp16 has no other."""
+    precisions = ["--precisions", "stock:fp32", "fp32"]
+    run_ranks(compare, 1, [*arguments, *precisions], f"parallel.zero_stage={zero_stage}")
+    written = figures(tmp_path)
     for curves in (written["losses"], written["norms"]):
         assert len(curves["fp32"]) == 4
         assert curves["fp32"] == pytest.approx(curves["stock:fp32"], rel=1e-5)
