@@ -6,9 +6,10 @@
     torchrun --standalone --nproc-per-node 1 scripts/compare_precisions.py --config recipes/pythia_160m.yaml \
         --precisions stock:fp16 fp16 --steps 200 --set parallel.zero_stage=1        # DeepSpeed's loss scale
 
-`stock:` before a precision trains transformers' own class, with its own operations, instead of ours. Prints the mean
-loss of each window of steps, how far each run is from the first one, and, where the recipe holds documents out, their
-loss at the end, which is computed in the precision of the weights.
+`stock:` before a precision trains transformers' own class, with its own operations, instead of ours; `torch:` ours
+without its kernels. That one tells how far apart two runs of one precision may come by rounding alone: what is nearer
+says nothing. Prints the mean loss of each window of steps, how far each run is from the first one, and, where the
+recipe holds documents out, their loss at the end, which is computed in the precision of the weights.
 """
 
 import argparse
@@ -27,11 +28,13 @@ from neox_hf.training.recipe import Recipe, load_recipe
 from neox_hf.training.trainer import NeoXTrainer
 
 STOCK = "stock:"
+WITHOUT_KERNELS = "torch:"
 
 
-def overrides(options: argparse.Namespace, precision: str, folder: Path) -> list[str]:
+def overrides(options: argparse.Namespace, name: str, folder: Path) -> list[str]:
     fixed = {
-        "train.precision": precision,
+        "train.precision": name.removeprefix(STOCK).removeprefix(WITHOUT_KERNELS),
+        **({"model.kernels": "torch"} if name.startswith(WITHOUT_KERNELS) else {}),
         "train.max_steps": options.steps,
         "train.output_dir": folder,
         "train.save_schedule": "none",
@@ -94,9 +97,11 @@ def report(curves: dict[str, list[float]], held_out: dict[str, float], size: int
         )
     print(f"held out    {_beside(held_out[first], [held_out[name] for name in others])}")
     for name in others:
+        whole = statistics.fmean(curves[name]) / statistics.fmean(curves[first]) - 1
         apart = [abs(b / a - 1) for a, b in zip(curves[first], curves[name], strict=True)]
         print(
-            f"{name}: {statistics.fmean(apart):.3%} from {first} in the mean of all steps, {max(apart):.3%} in one step"
+            f"{name}: the mean loss is {whole:+.3%} from that of {first}; "
+            f"steps are {statistics.fmean(apart):.3%} apart in the mean, {max(apart):.3%} at most"
         )
 
 
@@ -118,9 +123,8 @@ def main() -> None:
     held_out: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.precisions:
-            stock, precision = name.startswith(STOCK), name.removeprefix(STOCK)
-            recipe = load_recipe(options.config, overrides=overrides(options, precision, Path(folder) / name))
-            curves[name], norms[name], held_out[name] = losses(recipe, stock)
+            recipe = load_recipe(options.config, overrides=overrides(options, name, Path(folder) / name))
+            curves[name], norms[name], held_out[name] = losses(recipe, name.startswith(STOCK))
             if options.json:  # after each run, for a comparison that is cut short
                 options.json.write_text(json.dumps({"losses": curves, "norms": norms, "held out": held_out}))
             if torch.cuda.is_available():
