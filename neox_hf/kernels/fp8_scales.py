@@ -28,9 +28,10 @@ ALIGNED = 4
 """Elements of fp32 from one inverse to the next: cuBLASLt refuses those that do not lie at a multiple of 16 bytes."""
 
 MARGINS = {E4M3: 2, E5M2: 6}
-"""Powers of two left above the past's magnitudes. Batches differ in their gradients by far more than in activations:
-one of odd text had Pythia-1.4B's at 16 times the usual, and clamped they led elsewhere. What room takes from the lower
-end of e5m2 nobody misses: numbers down to 2^-23 of the past's largest keep all their bits, in e4m3 down to 2^-12."""
+"""Powers of two left above the past's magnitudes. Steps differ in their gradients by far more than in activations: one
+at which the loss jumped had Pythia-1.4B's at 16 times the usual, and clamped they led elsewhere. What room takes from
+the lower end of e5m2 nobody misses: numbers down to 2^-23 of the past's largest keep all their bits, in e4m3 down to
+2^-12."""
 
 LARGEST_EXPONENT = 100
 """Scales stay within 2^-100 and 2^100, whose inverses are floats too."""
