@@ -23,11 +23,15 @@ from transformers import TrainerCallback
 from neox_hf.data import EvaluationBatches
 from neox_hf.modeling import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_hf.modeling.fp8_layers import compute_in_fp8, refresh_fp8_weights
-from neox_hf.training.precision import cast_weights, precision_of
+from neox_hf.training.precision import Precision, cast_weights, precision_of
 from neox_hf.training.pretraining import build_trainer
 from neox_hf.training.recipe import load_recipe
 
 TRUTH = "torch:fp32"
+PRECISIONS = [
+    f"{kernels}{precision}" for kernels in ("", WITHOUT_KERNELS) for precision in ("fp32", "amp", "bf16", "fp8")
+]
+"""Not fp16, whose gradients vanish without a loss scale, nor pure_bf16, which is bf16 but for the optimizer."""
 STEPS_FOR_SCALES = 2
 
 Weights = dict[str, Tensor]
@@ -64,13 +68,13 @@ def capture(options: argparse.Namespace, folder: Path) -> tuple[dict[int, Weight
     return captures.weights, trainer.model.config, trainer.eval_dataset
 
 
-def at_weights(name: str, weights: Weights, config: GPTNeoXConfig, device: torch.device) -> GPTNeoXForCausalLM:
-    """A model that trains in the precision of that name."""
-    config = GPTNeoXConfig.from_dict(config.to_dict())
-    config.kernels = "torch" if name.startswith(WITHOUT_KERNELS) else "auto"
+def at_weights(
+    weights: Weights, config: GPTNeoXConfig, precision: Precision, kernels: str, device: torch.device
+) -> GPTNeoXForCausalLM:
+    config = GPTNeoXConfig.from_dict(config.to_dict() | {"kernels": kernels})
     with device:
         model = GPTNeoXForCausalLM(config)
-    cast_weights(model, precision_of(name.removeprefix(WITHOUT_KERNELS)).weights).load_state_dict(weights)
+    cast_weights(model, precision.weights).load_state_dict(weights)
     return model.train()
 
 
@@ -79,28 +83,31 @@ def prepare(model: GPTNeoXForCausalLM, batch: dict[str, Tensor]) -> None:
     scales = compute_in_fp8(model)
     refresh_fp8_weights(model)
     for _ in range(STEPS_FOR_SCALES):
-        loss_of(model, batch).backward()
+        loss_of(model, batch, autocast=False).backward()
         model.zero_grad()
         scales.advance()
         refresh_fp8_weights(model)
 
 
-def loss_of(model: GPTNeoXForCausalLM, batch: dict[str, Tensor]) -> Tensor:
-    device = next(model.parameters()).device
-    return model(**{name: tensor.to(device) for name, tensor in batch.items()}, skip_logits=True).loss
+def loss_of(model: GPTNeoXForCausalLM, batch: dict[str, Tensor], autocast: bool) -> Tensor:
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        return model(**batch, skip_logits=True).loss
 
 
 def measure(
     name: str, weights: Weights, config: GPTNeoXConfig, batches: EvaluationBatches, gradients: int, device: torch.device
 ) -> tuple[list[float], Weights]:
     """The loss of each batch, and the gradient of the sum of the first `gradients` of them, in fp32."""
-    model = at_weights(name, weights, config, device)
-    if precision_of(name.removeprefix(WITHOUT_KERNELS)).fp8:
+    precision = precision_of(name.removeprefix(WITHOUT_KERNELS))
+    kernels = "torch" if name.startswith(WITHOUT_KERNELS) else "auto"
+    model = at_weights(weights, config, precision, kernels, device)
+    if precision.fp8:
         prepare(model, batches[len(batches) - 1])
     losses, total = [], {}
     for number, batch in enumerate(batches):
         with torch.set_grad_enabled(number < gradients):
-            loss = loss_of(model, batch)
+            loss = loss_of(model, batch, precision.autocast)
         losses.append(loss.item())
         if number < gradients:
             loss.backward()
@@ -146,12 +153,14 @@ def report(step: int, losses: dict[str, list[float]], found: dict[str, dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", nargs="+", required=True)
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "torch:bf16", "fp8"])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "torch:bf16", "fp8"])
     parser.add_argument("--after", nargs="+", type=int, default=[0, 100], help="steps of training in bf16")
     parser.add_argument("--steps", type=int, default=500, help="of the schedule")
     parser.add_argument("--gradients", type=int, default=1, help="batches whose gradient is compared")
     parser.add_argument("--set", nargs="+", default=[], help="overrides, as of recipes/pretrain.py")
     options = parser.parse_args()
+    if not 0 <= min(options.after) <= max(options.after) <= options.steps:
+        parser.error(f"--after {options.after} must lie within the schedule's 0 to {options.steps} steps (--steps)")
     with tempfile.TemporaryDirectory() as folder:
         captured, config, batches = capture(options, Path(folder))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -49,15 +49,32 @@ def test_eight_bits_are_further_than_sixteen(tmp_path, monkeypatch, capsys):
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_recipe(corpus, tmp_path / "elsewhere")))
     options = ["--config", str(tmp_path / "tiny.json"), "--steps", "8", "--after", "0", "3", "--gradients", "2"]
-    monkeypatch.setattr("sys.argv", ["gradient_errors.py", *options, "--set", "model.hidden_dropout=0"])
+    precisions = ["--precisions", "fp32", "amp", "bf16", "fp8"]
+    monkeypatch.setattr("sys.argv", ["gradient_errors.py", *options, *precisions, "--set", "model.hidden_dropout=0"])
     gradient_errors.main()
     printed = capsys.readouterr().out
     assert re.findall(r"after (\d) steps, 2 batches", printed) == ["0", "3"]
     losses = [float(loss) for loss in re.findall(r"loss (\S+) in torch:fp32", printed)]
     assert losses[1] < losses[0]
-    rows = re.findall(r"^ +(\S.*?) +bf16 (\S+) \S+ +torch:bf16 (\S+) \S+ +fp8 (\S+) \S+$", printed, re.MULTILINE)
+    columns = "".join(rf" +{name} (\S+) \S+" for name in precisions[1:])
+    rows = re.findall(rf"^ +(\S.*?){columns}$", printed, re.MULTILINE)
     assert len(rows) == 2 * 8
     for kind, *distances in rows:
-        sixteen, torchs, eight = map(float, distances)
-        assert max(sixteen, torchs) < min(0.03, eight), kind
+        full, *sixteen, eight = map(float, distances)
+        assert full < 1e-4 < min(sixteen), kind
+        assert max(sixteen) < min(0.03, eight), kind
         assert eight < 0.4, kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precisions", "fp16"], "invalid choice: 'fp16'"),
+        (["--after", "0", "9", "--steps", "8"], "[0, 9] must lie within the schedule's 0 to 8 steps"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_at_once(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["gradient_errors.py", "--config", "no such file", *arguments])
+    with pytest.raises(SystemExit):
+        gradient_errors.main()
+    assert message in capsys.readouterr().err
