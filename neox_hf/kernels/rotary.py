@@ -94,8 +94,9 @@ def _in_place_kernel(
     head = (row + row // 2) * SIZE  # a value is passed over after each key
     place = (token.to(tl.int64) * (HEADS * 3 * SIZE))[:, None, None] + head[None, :, None] + column[None, None, :]
     inside = (token < tokens)[:, None, None] & (row < 2 * HEADS)[None, :, None] & (column < HALF)[None, None, :]
-    a = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    # Past the first cache: it would give each of these pieces, half a line or less, a line of its own.
+    a = tl.load(qkv + place, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    b = tl.load(qkv + place + HALF, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     tl.store(qkv + place, (a * c - b * s).to(qkv.dtype.element_ty), mask=inside)
     tl.store(qkv + place + HALF, (b * c + a * s).to(qkv.dtype.element_ty), mask=inside)
 
