@@ -94,7 +94,7 @@ def _in_place_kernel(
     head = (row + row // 2) * SIZE  # a value is passed over after each key
     place = (token.to(tl.int64) * (HEADS * 3 * SIZE))[:, None, None] + head[None, :, None] + column[None, None, :]
     inside = (token < tokens)[:, None, None] & (row < 2 * HEADS)[None, :, None] & (column < HALF)[None, None, :]
-    # Past the first cache: it would give each of these pieces, half a line or less, a line of its own.
+    # Past the first cache: nothing is read twice, and short pieces, far apart, would each take a line of it.
     a = tl.load(qkv + place, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     b = tl.load(qkv + place + HALF, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     tl.store(qkv + place, (a * c - b * s).to(qkv.dtype.element_ty), mask=inside)
