@@ -27,7 +27,7 @@ from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import heads, whole
 from neox_hf.kernels.registration import register, register_fake
 from neox_hf.kernels.rotary_back import rotary_back_with_sums
-from neox_hf.kernels.rotary_launches import ASSEMBLE, ASSEMBLE_WITH_SUMS, IN_PLACE, tile, without_gaps
+from neox_hf.kernels.rotary_launches import ASSEMBLE, ASSEMBLE_WITH_SUMS, IN_PLACE, tile, tile_in_place, without_gaps
 from neox_hf.kernels.selective_checkpoint import selective_mode
 
 KEEPS_ROTATION = "keeps_rotation"
@@ -94,9 +94,8 @@ def _in_place_kernel(
     head = (row + row // 2) * SIZE  # a value is passed over after each key
     place = (token.to(tl.int64) * (HEADS * 3 * SIZE))[:, None, None] + head[None, :, None] + column[None, None, :]
     inside = (token < tokens)[:, None, None] & (row < 2 * HEADS)[None, :, None] & (column < HALF)[None, None, :]
-    # Past the first cache: nothing is read twice, and short pieces, far apart, would each take a line of it.
-    a = tl.load(qkv + place, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-    b = tl.load(qkv + place + HALF, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    a = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
     tl.store(qkv + place, (a * c - b * s).to(qkv.dtype.element_ty), mask=inside)
     tl.store(qkv + place + HALF, (b * c + a * s).to(qkv.dtype.element_ty), mask=inside)
 
@@ -165,7 +164,7 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     cos, sin, angles_of_batch = without_gaps(cos, sin)
     half, rows = cos.shape[-1], 2 * count
     launch = IN_PLACE.chosen(qkv.device, qkv.dtype, count, size, half)
-    block_tokens, block_rows, block_half = tile(half, rows, launch.elements)
+    block_tokens, block_rows, block_half, warps = tile_in_place(launch, half, rows)
     grid = (-(-batch * sequence // block_tokens), -(-rows // block_rows))
     _in_place_kernel[grid](
         qkv,
@@ -181,7 +180,7 @@ def rotary_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
         BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
         BLOCK_HALF=block_half,
-        num_warps=launch.warps,
+        num_warps=warps,
     )
 
 

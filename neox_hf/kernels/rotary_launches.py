@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from neox_hf.kernels.language import triton
 from neox_hf.kernels.launch_choice import LaunchChoice, for_every_shape
 
 TILE_ELEMENTS = 2048
@@ -20,8 +21,20 @@ BYTES_UNDER_WAY = 8
 of 64, 65,536 tokens)."""
 
 
+MOST_WARPS = 32
+"""Of one program."""
+
+
 @dataclass(frozen=True)
-class TurnLaunch:
+class InPlaceLaunch:
+    """tokens: whole ones, of a program. rows: query and key heads for each of its warps."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class AssembleLaunch:
     """elements: of a tile. warps: of the program that has it."""
 
     elements: int
@@ -30,8 +43,8 @@ class TurnLaunch:
 
 @dataclass(frozen=True)
 class SummingLaunch:
-    """elements, warps: as of `TurnLaunch`. programs: for each multiprocessor. under_way: tiles that each asks for at
-    once."""
+    """elements, warps: as of `AssembleLaunch`. programs: for each multiprocessor. under_way: tiles that each asks for
+    at once."""
 
     elements: int
     warps: int
@@ -61,18 +74,17 @@ def _summing_launches(heads: int, size: int, half: int, element_size: int) -> tu
 
 
 # Shapes: heads, their size, half of the width that is rotated; with sums, bytes of an element besides.
+# In place, many threads with little each: the fewer tokens are under way at once, the better memory takes the short
+# pieces that are written. On an H200, 16 heads of 128 and 16,384 tokens: 0.0295 ms, and 0.0325 with half the warps.
 IN_PLACE = LaunchChoice(
     "rotary_in_place",
-    for_every_shape(
-        TurnLaunch(TILE_ELEMENTS, 8),
-        TurnLaunch(TILE_ELEMENTS, 4),
-        TurnLaunch(TILE_ELEMENTS // 2, 4),
-        TurnLaunch(2 * TILE_ELEMENTS, 8),
-    ),
+    for_every_shape(InPlaceLaunch(1, 4), InPlaceLaunch(2, 4), InPlaceLaunch(1, 8), InPlaceLaunch(2, 8)),
 )
 ASSEMBLE = LaunchChoice(
     "rotary_assemble",
-    for_every_shape(TurnLaunch(TILE_ELEMENTS, 4), TurnLaunch(TILE_ELEMENTS, 8), TurnLaunch(TILE_ELEMENTS // 2, 4)),
+    for_every_shape(
+        AssembleLaunch(TILE_ELEMENTS, 4), AssembleLaunch(TILE_ELEMENTS, 8), AssembleLaunch(TILE_ELEMENTS // 2, 4)
+    ),
 )
 ASSEMBLE_WITH_SUMS = LaunchChoice("rotary_assemble_with_sums", _summing_launches)
 BACK_WITH_SUMS = LaunchChoice("rotary_back_with_sums", _back_launches)
@@ -85,9 +97,22 @@ def without_gaps(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 @functools.cache
+def tile_in_place(launch: InPlaceLaunch, half: int, rows: int) -> tuple[int, int, int, int]:
+    """Tokens, rows of a token and columns of each half in one program, and its warps.
+
+    Every thread has an element: of two with the same one, the first could store it before the other loads it.
+    """
+    columns, in_token = triton.next_power_of_2(half), triton.next_power_of_2(rows)
+    tokens = max(launch.tokens, 32 // (in_token * columns))
+    in_token = min(in_token, MOST_WARPS * launch.rows // tokens)
+    warps = min(tokens * in_token // launch.rows, tokens * in_token * columns // 32)
+    return tokens, in_token, columns, max(warps, 1)
+
+
+@functools.cache
 def tile(width: int, rows: int, elements: int = TILE_ELEMENTS) -> tuple[int, int, int]:
     """Tokens, rows of a token and columns in one program: about so many elements of each tensor it reads; whole rows,
     all of a token if they fit, then more tokens."""
-    columns = 1 << (width - 1).bit_length()
-    in_token = min(1 << (rows - 1).bit_length(), max(elements // columns, 1))
+    columns = triton.next_power_of_2(width)
+    in_token = min(triton.next_power_of_2(rows), max(elements // columns, 1))
     return max(elements // (columns * in_token), 1), in_token, columns

@@ -65,12 +65,15 @@ def _load_affine(pointer, cols, KIND: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_normed(y_ptr, at, inside, normed, weight, bias_ptr, cols, KIND: tl.constexpr, WIDTH: tl.constexpr):
+def _store_normed(
+    y_ptr, at, inside, normed, weight, bias_ptr, cols,
+    KIND: tl.constexpr, WIDTH: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
     if y_ptr is not None:
         y = normed * weight
         if bias_ptr is not None:
             y += _load_affine(bias_ptr, cols, KIND, WIDTH)
-        _store(y_ptr, at, inside, y)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -92,11 +95,15 @@ def forward_rows(
     MEASURED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """y1 and y2 of x, or of total = x + first + second, which is rounded before it is measured: backward reads it."""
+    """y1 and y2 of x, or of total = x + first + second, which is rounded before it is measured: backward reads it.
+
+    EVICTION: of x, y1 and y2 from the second cache.
+    """
     cols = tl.arange(0, BLOCK)[None, :]
     row, at, inside = _locate(tl.program_id(0), rows, cols, WIDTH, ROWS)
-    x = _load(x_ptr, at, inside)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     weight1 = _load_affine(weight1_ptr, cols, KIND, WIDTH)
     if first_ptr is not None:
         branches = _load(first_ptr, at, inside)
@@ -108,10 +115,10 @@ def forward_rows(
     # A row beyond the last is all zeros: any eps will do for it, but zero.
     centred, _, inverse, _ = _measure(x, cols, tl.where(row < rows, eps, 1.0), KIND, MEASURED)
     normed = centred * inverse[:, None]
-    _store_normed(y1_ptr, at, inside, normed, weight1, bias1_ptr, cols, KIND, WIDTH)
+    _store_normed(y1_ptr, at, inside, normed, weight1, bias1_ptr, cols, KIND, WIDTH, EVICTION)
     if weight2_ptr is not None:
         weight2 = _load_affine(weight2_ptr, cols, KIND, WIDTH)
-        _store_normed(y2_ptr, at, inside, normed, weight2, bias2_ptr, cols, KIND, WIDTH)
+        _store_normed(y2_ptr, at, inside, normed, weight2, bias2_ptr, cols, KIND, WIDTH, EVICTION)
 
 
 @triton.jit
@@ -197,8 +204,8 @@ def backward_rows(
             dx = _gradient_in_x(g, centred, inverse, slope, cols, KIND, WIDTH, MEASURED)
             dx = dx if residual_ptr is None else dx + _load(residual_ptr, at, inside)
             _store(dx_ptr, at, inside, dx)
-        _store_normed(y1_ptr, at, inside, normed, weight1, bias1_ptr, cols, KIND, WIDTH)
-        _store_normed(y2_ptr, at, inside, normed, weight2, bias2_ptr, cols, KIND, WIDTH)
+        _store_normed(y1_ptr, at, inside, normed, weight1, bias1_ptr, cols, KIND, WIDTH, "")
+        _store_normed(y2_ptr, at, inside, normed, weight2, bias2_ptr, cols, KIND, WIDTH, "")
         if moments_ptr is not None:
             tl.store(moments_ptr + row, mean, mask=row < rows)
             tl.store(moments_ptr + rows + row, inverse, mask=row < rows)

@@ -407,6 +407,21 @@ def test_a_program_has_about_two_thousand_elements(width, rows, tile):
     assert rotary_launches.tile(width, rows) == tile
 
 
+@pytest.mark.parametrize(
+    ("launch", "half", "rows", "tile"),
+    [
+        ((1, 4), 16, 32, (1, 32, 16, 8)),
+        ((2, 4), 10, 64, (2, 64, 16, 32)),
+        ((1, 8), 8, 24, (1, 32, 8, 4)),
+        ((1, 4), 4, 32, (1, 32, 4, 4)),
+        ((1, 4), 1, 2, (16, 2, 1, 1)),
+        ((2, 4), 16, 256, (2, 64, 16, 32)),
+    ],
+)
+def test_a_program_in_place_has_whole_tokens_and_an_element_for_each_thread(launch, half, rows, tile):
+    assert rotary_launches.tile_in_place(rotary_launches.InPlaceLaunch(*launch), half, rows) == tile
+
+
 def test_shapes_that_do_not_fit_are_named():
     cos, sin = angles(4, 8)
     with pytest.raises(ValueError, match=r"qkv \[2, 3, 2, 3, 16\], cos \[1, 4, 4\] .* wants \[B, S, N, 3, D\]"):
