@@ -29,8 +29,9 @@ class Timing:
     how: str
 
 
-def op_ms(call: Callable[[], object], *, captured: bool = True) -> Timing:
-    """The time of `call` on the current CUDA device, or by the host's clock without one. captured: use a graph."""
+def op_ms(call: Callable[[], object], *, captured: bool = True, settle_seconds: float = 0.0) -> Timing:
+    """The time of `call` on the current CUDA device, or by the host's clock without one. captured: use a graph.
+    settle_seconds: of untimed calls, in which the clock comes to what the card's power leaves it."""
     for _ in range(3):
         call()
     if not torch.cuda.is_available():
@@ -40,13 +41,13 @@ def op_ms(call: Callable[[], object], *, captured: bool = True) -> Timing:
     estimate = max(_between_events(lambda: [call() for _ in range(3)]) / 3, 1e-3)
     host_seconds = (time.perf_counter() - begin) / 3
     calls = int(min(MOST_CALLS, max(3, ROUND_MS / estimate)))
-    how = "queue"
+    one_round, how = None, "queue"
     if captured:
         try:
-            return Timing(_graph_ms(call, calls), "graph")
+            one_round, how = _graph_round(call, calls), "graph"
         except RuntimeError as refusal:
             how = f"queue, for capture failed: {refusal}"[:200]
-    return Timing(_queue_ms(call, calls, host_seconds), how)
+    return Timing(settled_median(one_round or _queue_round(call, calls, host_seconds), settle_seconds), how)
 
 
 def _host_ms(call: Callable[[], object]) -> float:
@@ -64,7 +65,17 @@ def _between_events(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def _graph_ms(call: Callable[[], object], calls: int) -> float:
+def settled_median(one_round: Callable[[], float], settle_seconds: float) -> float:
+    """The median of rounds, in ms, after others for so long that do not count."""
+    end = time.perf_counter() + settle_seconds
+    one_round()
+    while time.perf_counter() < end:
+        one_round()
+    return statistics.median(one_round() for _ in range(ROUNDS))
+
+
+def _graph_round(call: Callable[[], object], calls: int) -> Callable[[], float]:
+    """What runs so many calls from a graph and says how long one takes, ms."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -76,18 +87,19 @@ def _graph_ms(call: Callable[[], object], calls: int) -> float:
             call()
     graph.replay()
     torch.cuda.synchronize()
-    return statistics.median(_between_events(graph.replay) / calls for _ in range(ROUNDS))
+    return lambda: _between_events(graph.replay) / calls
 
 
-def _queue_ms(call: Callable[[], object], calls: int, host_seconds: float) -> float:
-    """The pause lasts until the host has launched all calls: the events then stand without gaps between them."""
+def _queue_round(call: Callable[[], object], calls: int, host_seconds: float) -> Callable[[], float]:
+    """The same without a graph. The pause lasts until the host has launched all calls: the events then stand without
+    gaps between them."""
     pause = int(PAUSE_CYCLES_PER_SECOND * min(LONGEST_PAUSE_SECONDS, 2 * host_seconds * calls))
 
     def one_round() -> float:
         torch.cuda._sleep(pause)
         return _between_events(lambda: [call() for _ in range(calls)]) / calls
 
-    return statistics.median(one_round() for _ in range(ROUNDS))
+    return one_round
 
 
 class Laps:

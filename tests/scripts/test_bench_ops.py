@@ -18,6 +18,7 @@ from scripts.bench.optimizer_ops import (
     time_optimizer,
 )
 from scripts.bench.sizes import SIZES
+from scripts.bench.timing import ROUNDS, settled_median
 from tests.scripts.bench_cases import TINY
 
 CPU = torch.device("cpu")
@@ -146,3 +147,16 @@ def test_times_of_the_optimizer():
     assert {row["op"] for row in rows} == set(BYTES)
     assert all(row["both_ms"] > 0 for row in rows)
     assert [row["by"] for row in rows].count("ours") == 5
+
+
+def test_rounds_before_the_clock_has_settled_do_not_count(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("scripts.bench.timing.time.perf_counter", lambda: now)
+
+    def one_round():
+        nonlocal now
+        now += 0.3
+        return 2.0 if now < 1.0 else 1.0
+
+    assert settled_median(one_round, 1.0) == 1.0
+    assert now == pytest.approx(0.3 * (4 + ROUNDS))
