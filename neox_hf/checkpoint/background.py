@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_hf.checkpoint.durable import writing
+from neox_hf.checkpoint.host_memory import HostMemory
 from neox_hf.checkpoint.writer import CheckpointWriter
 from neox_hf.errors import CheckpointError
 from neox_hf.parallel.collectives import from_first_rank, together
@@ -31,13 +32,13 @@ class CheckpointSaver:
     """Commits checkpoints, in the background or at once. At most one is in flight.
 
     Args:
-        asynchronous: return from `commit` when this rank's data are in host memory.
+        asynchronous: return from `commit` when this rank's data are in host memory, which is `memory`.
         patience: seconds that rank 0 waits for the other ranks' files after its own are written.
     """
 
     def __init__(self, topology: Topology, *, asynchronous: bool = False, patience: float = PATIENCE_SECONDS) -> None:
         self.topology = topology
-        self.asynchronous = asynchronous
+        self.memory = HostMemory() if asynchronous else None
         self._patience = patience
         self._flight: _Flight | None = None
 
@@ -48,12 +49,12 @@ class CheckpointSaver:
             CheckpointError: something could not be written; if asynchronous, `wait` raises it.
         """
         assert self._flight is None, "the checkpoint before must be waited for before the next is begun"
-        if not self.asynchronous:
+        assert writer.memory is self.memory, "a background writer must have copies of its own, and no other"
+        if self.memory is None:
             path = writer.commit(metadata)
             if self.topology.rank == 0:
                 then(path)
             return
-        assert writer.deferred, "a background writer must have copies of its own"
         self._flight = _Flight(writer, metadata, then, self._patience)
 
     def wait(self) -> None:

@@ -20,7 +20,7 @@ from neox_hf.errors import CheckpointError
 class Box:
     """Part of the tensor `name`: it begins at `offsets` and is as large as `tensor`. `shape` is the whole tensor's.
 
-    make: where `tensor` is on `meta`, what makes it in host memory, to be written.
+    make: where `tensor` is on `meta`, what makes it, to be written.
     """
 
     name: str

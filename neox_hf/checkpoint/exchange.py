@@ -1,5 +1,7 @@
 """Tensors that travel, one at a time, from the ranks that hold parts of them to the one rank that writes them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,8 +44,8 @@ class Exchange:
             the owner, must call; others may.
 
         Returns:
-            On the owner the parts in host memory, by place on the axis (an empty tensor where there is none, and the
-            owner's own as it was given); elsewhere an empty list.
+            On the owner the parts where they arrived, by place on the axis (an empty tensor where there is none, and
+            the owner's own as it was given); elsewhere an empty list.
         """
         if self.rank != owner:
             if mine is not None:
@@ -58,25 +60,32 @@ class Exchange:
             [dist.P2POp(dist.irecv, buffer, self._members[rank], self._group) for rank, buffer in buffers.items()]
         )
         nothing = torch.empty(0, dtype=dtype)
-        parts = [buffers[rank].cpu() if rank in buffers else nothing for rank in range(self.size)]
+        parts = [buffers.get(rank, nothing) for rank in range(self.size)]
         if mine is not None:
             parts[owner] = mine
         return parts
 
     def join(
-        self, owner: int, mine: Tensor, ranges: list[tuple[int, int]], shape: Shape, dtype: torch.dtype
+        self,
+        owner: int,
+        mine: Tensor,
+        ranges: list[tuple[int, int]],
+        shape: Shape,
+        dtype: torch.dtype,
+        empty: Callable[..., Tensor] = torch.empty,
     ) -> Tensor | None:
         """Put a tensor together of which every rank of the axis has some consecutive elements. Every rank calls.
 
-        mine: this rank's elements, flat. ranges: first element and count of every rank's.
+        mine: this rank's elements, flat. ranges: first element and count of every rank's. empty: gives the memory that
+            it is put together in.
 
         Returns:
-            On the owner the tensor, of `shape`, in host memory of its own; None elsewhere.
+            On the owner the tensor, of `shape`; None elsewhere.
         """
         parts = self.collect(owner, mine if mine.numel() else None, [(n,) if n else None for _, n in ranges], dtype)
         if not parts:
             return None
-        whole = torch.empty(shape, dtype=dtype)
+        whole = empty(shape, dtype=dtype)
         for (start, numel), part in zip(ranges, parts, strict=True):
             whole.view(-1).narrow(0, start, numel).copy_(part)
         return whole

@@ -15,7 +15,7 @@ from neox_hf.parallel.shards import Shard
 
 Shape = tuple[int, ...]
 Maker = Callable[[int, int], Tensor]
-"""Makes consecutive elements of a fragment, given the first and how many: flat, in host memory of their own."""
+"""Makes consecutive elements of a fragment, given the first and how many: flat, on any device."""
 
 
 @dataclass(frozen=True)

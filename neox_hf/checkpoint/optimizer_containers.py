@@ -114,12 +114,10 @@ class Container:
         return slot == MASTER and (self.makes_masters or self.halves is not None)
 
     def make_master(self, cell: Cell, first: int, numel: int) -> Tensor:
-        """Consecutive elements of a cell's master, flat, in host memory of their own."""
+        """Consecutive elements of a cell's master, flat."""
         if self.halves is not None:
-            made = join_fp32(*(half.narrow(0, first, numel) for half in self.halves[cell.key]))
-        else:
-            made = self.optimizer.master_of(cell.key).reshape(-1).narrow(0, first, numel)
-        return made.to("cpu", copy=True)
+            return join_fp32(*(half.narrow(0, first, numel) for half in self.halves[cell.key]))
+        return self.optimizer.master_of(cell.key).reshape(-1).narrow(0, first, numel)
 
     @property
     def kind(self) -> str:

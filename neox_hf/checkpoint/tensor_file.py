@@ -35,8 +35,7 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Unmade:
-    """A tensor that comes into being as it is written. like: its shape and dtype, on `meta`. make: it, in host memory
-    of its own."""
+    """A tensor that comes into being as it is written. like: its shape and dtype, on `meta`. make: it, anywhere."""
 
     like: Tensor
     make: Callable[[], Tensor]
@@ -73,9 +72,13 @@ def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[s
     return struct.pack("<Q", len(text)) + text
 
 
+def made(tensor: Tensor | Unmade) -> Tensor:
+    """The tensor itself, which may be the run's own."""
+    return tensor.make().detach() if isinstance(tensor, Unmade) else tensor.detach()
+
+
 def _bytes_of(tensor: Tensor | Unmade) -> memoryview:
-    made = tensor.make() if isinstance(tensor, Unmade) else tensor
-    flat = made.detach().cpu().contiguous().reshape(-1)
+    flat = made(tensor).cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
 
 

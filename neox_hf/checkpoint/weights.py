@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from neox_hf.checkpoint.exchange import Exchange
+from neox_hf.checkpoint.host_memory import HostMemory
 from neox_hf.checkpoint.partitioned import is_partitioned, partition_of, partition_range
 from neox_hf.checkpoint.weight_names import Weight, weights_of
 from neox_hf.parallel.shards import Shard
@@ -61,7 +62,7 @@ def plan_files(weights: list[Weight], stages: list[int], bytes_of: dict[Weight, 
 class WeightFiles:
     """The weight files of a model under a topology. Every rank constructs it, and iterates over `mine` to the end.
 
-    copies: give tensors in host memory that nobody will change; otherwise some are the model's own.
+    memory: where the tensors that it gives are to lie; without it some are the model's own.
     index: content of the index; None where one file holds everything.
     """
 
@@ -71,9 +72,10 @@ class WeightFiles:
         topology: Topology,
         dtype: torch.dtype | None = None,
         limit: int = SHARD_BYTES,
-        copies: bool = False,
+        memory: HostMemory | None = None,
     ) -> None:
-        self._topology, self._dtype, self._copies = topology, dtype, copies
+        self._topology, self._dtype, self._memory = topology, dtype, memory
+        self._empty = torch.empty if memory is None else memory.empty
         weights = weights_of(model)
         self._partitioned = any(is_partitioned(weight.tensor) for weight in weights)
         device = next(weight.tensor.device for weight in weights if weight.is_local)
@@ -106,7 +108,7 @@ class WeightFiles:
             whole = self._from_shards(weight, weight.shard, tensor)
         else:
             own = weight.tensor.detach()
-            whole = own.to("cpu", copy=True) if self._copies else own
+            whole = own if self._memory is None else self._memory.copy(own)
         return None if whole is None else whole.to(self._dtype_of(weight))
 
     def _from_shards(self, weight: Weight, mine: Shard, owner: int) -> Tensor | None:
@@ -116,7 +118,7 @@ class WeightFiles:
         parts = self._tensor.collect(owner, part, shapes, weight.dtype)
         if not parts:
             return None
-        whole = torch.empty(weight.shape, dtype=weight.dtype)
+        whole = self._empty(weight.shape, dtype=weight.dtype)
         for shard, part in zip(shards, parts, strict=True):
             if shard.length:
                 shard.cut(whole).copy_(part)
@@ -125,7 +127,7 @@ class WeightFiles:
     def _from_partitions(self, weight: Weight, owner: int) -> Tensor | None:
         ranges = [partition_range(weight.tensor, rank) for rank in range(self._data.size)]
         mine = partition_of(weight.tensor, self._topology.data_rank)
-        return self._data.join(owner, mine, ranges, weight.shape, weight.dtype)
+        return self._data.join(owner, mine, ranges, weight.shape, weight.dtype, self._empty)
 
     def _dtype_of(self, weight: Weight) -> torch.dtype:
         return self._dtype if self._dtype is not None and weight.dtype.is_floating_point else weight.dtype

@@ -37,9 +37,10 @@ from neox_hf.checkpoint.durable import (
     write_durably,
     writing,
 )
+from neox_hf.checkpoint.host_memory import HostMemory
 from neox_hf.checkpoint.manifest import FileRecord, Manifest
 from neox_hf.checkpoint.model_files import save_model_files
-from neox_hf.checkpoint.tensor_file import Unmade, write_tensors
+from neox_hf.checkpoint.tensor_file import Unmade, made, write_tensors
 from neox_hf.checkpoint.verify import is_safe
 from neox_hf.checkpoint.weights import INDEX, METADATA, SHARD_BYTES, WeightFiles
 from neox_hf.errors import CheckpointError
@@ -53,7 +54,8 @@ class CheckpointWriter:
     Rank 0 must hold the directory's `OutputLock`. `barrier` returns when every rank has called it. All ranks construct
     the writer and commit; in between each writes what it has. `path` is where the files lie until the commit.
 
-    deferred: tensors are copied to host memory at once and written by `write_deferred`, in whatever thread calls it.
+    memory: where tensors are copied to at once, to be written by `write_deferred`, in whatever thread calls it, which
+        clears it. None: they are written at once.
 
     Raises:
         CheckpointError: here and in every method, when something cannot be written; earlier checkpoints remain.
@@ -67,15 +69,15 @@ class CheckpointWriter:
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
-        deferred: bool = False,
+        memory: HostMemory | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.step, self.rank, self.world_size = step, rank, world_size
         self.path = unfinished_path(self.output_dir, step)
-        self.deferred = deferred
+        self.memory = memory
         self._barrier = barrier
         self._sums: dict[str, str | None] = {}
-        self._waiting: list[tuple[str, dict[str, Tensor | Unmade], Mapping[str, str]]] = []
+        self._waiting: list[tuple[str, dict[str, Tensor], Mapping[str, str]]] = []
         if rank == 0:
             with writing(self.path):
                 self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ class CheckpointWriter:
         dtype: cast floating-point weights on the way to disk. shard_bytes: most that one weights file holds.
         """
         topology = topology or Topology(data=self.world_size, rank=self.rank)
-        files = WeightFiles(model, topology, dtype, shard_bytes, copies=self.deferred)
+        files = WeightFiles(model, topology, dtype, shard_bytes, self.memory)
         with writing(self.path):
             for name, tensors in files.mine():
                 self._put(name, tensors, METADATA, copied=True)
@@ -157,9 +159,14 @@ class CheckpointWriter:
     # The phases of a commit, in their order.
 
     def write_deferred(self) -> None:
-        """Write the tensors that wait in host memory, and free them."""
-        while self._waiting:
-            self._write_file(*self._waiting.pop(0))
+        """Write the tensors that wait in host memory, and leave it to others."""
+        waiting, self._waiting = self._waiting, []
+        try:
+            for each in waiting:
+                self._write_file(*each)
+        finally:
+            if self.memory is not None:
+                self.memory.clear()
 
     def seal(self) -> None:
         """Bring this rank's files to the disk and leave a record of their sizes and sums for rank 0."""
@@ -223,12 +230,13 @@ class CheckpointWriter:
     def _put(
         self, relative_path: str, tensors: dict[str, Tensor | Unmade], metadata: Mapping[str, str], copied: bool = False
     ) -> None:
-        if not self.deferred:
+        if self.memory is None:
             self._write_file(relative_path, tensors, metadata)
         elif copied:
             self._waiting.append((relative_path, tensors, metadata))
         else:
-            self._waiting.append((relative_path, {key: _host_copy(t) for key, t in tensors.items()}, metadata))
+            copies = {key: self.memory.copy(made(tensor)) for key, tensor in tensors.items()}
+            self._waiting.append((relative_path, copies, metadata))
 
     def _write_file(self, relative_path: str, tensors: dict[str, Tensor | Unmade], metadata: Mapping[str, str]) -> None:
         with self._new_file(relative_path) as path:
@@ -259,7 +267,3 @@ class CheckpointWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
         self._sums[relative_path] = None
-
-
-def _host_copy(tensor: Tensor | Unmade) -> Tensor:
-    return tensor.make() if isinstance(tensor, Unmade) else tensor.detach().to("cpu", copy=True)

@@ -60,7 +60,7 @@ class RunState:
             rank=topology.rank,
             world_size=topology.world_size,
             barrier=_barrier(topology.world_size),
-            deferred=self.saver.asynchronous,
+            memory=self.saver.memory,
         )
         data = self._gather_data_state()
         self._note_best()

@@ -33,7 +33,8 @@ def write(
     topology = topology or Topology.single()
     rank, size = topology.rank, topology.world_size
     barrier = dist.barrier if size > 1 else lambda: None
-    ours = CheckpointWriter(output_dir, step, rank=rank, world_size=size, barrier=barrier, deferred=asynchronous)
+    saver = CheckpointSaver(topology, asynchronous=asynchronous)
+    ours = CheckpointWriter(output_dir, step, rank=rank, world_size=size, barrier=barrier, memory=saver.memory)
     model = build("stock", num_hidden_layers=1)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(value)
@@ -42,7 +43,6 @@ def write(
     ours.write_boxes("optimizer.exp_avg", [Box("w", (share * rank,), (8,), torch.full((share,), value))])
     if rank == 0:
         ours.write_json("state/data.json", {"value": value})
-    saver = CheckpointSaver(topology, asynchronous=asynchronous)
     saver.commit(ours, {"value": value}, lambda path: None)
     saver.wait()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from neox_hf import GPTNeoXConfig
 from neox_hf.checkpoint import CheckpointWriter, hf_names, load_optimizer, open_checkpoint, write_optimizer
+from neox_hf.checkpoint.host_memory import HostMemory
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.fresh_weights import draw_weights
 from neox_hf.modeling.stage import Stage
@@ -62,8 +63,9 @@ def optimizer_of(model: nn.Module, *, stepped: bool) -> torch.optim.AdamW:
 def save(topology: Topology, output_dir: Path, tied: bool, deferred: bool = False, **weights: int) -> None:
     model = split_model(topology, seed=1, tied=tied)
     barrier = dist.barrier if topology.world_size > 1 else lambda: None
+    memory = HostMemory() if deferred else None
     writer = CheckpointWriter(
-        output_dir, 3, rank=topology.rank, world_size=topology.world_size, barrier=barrier, deferred=deferred
+        output_dir, 3, rank=topology.rank, world_size=topology.world_size, barrier=barrier, memory=memory
     )
     writer.write_weights(model, topology=topology, **weights)
     names, shards, optimizer = hf_names(model), shards_of(model), optimizer_of(model, stepped=True)

@@ -29,7 +29,7 @@ def begin(saver: CheckpointSaver, output_dir: Path, step: int, value: float, the
     topology = saver.topology
     world = {"rank": topology.rank, "world_size": topology.world_size}
     barrier = dist.barrier if topology.world_size > 1 else lambda: None
-    writer = CheckpointWriter(output_dir, step, **world, barrier=barrier, deferred=saver.asynchronous)
+    writer = CheckpointWriter(output_dir, step, **world, barrier=barrier, memory=saver.memory)
     model, part = build("stock", num_hidden_layers=1), torch.full((4,), value)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(value)
@@ -89,8 +89,33 @@ def test_only_one_is_in_flight(tmp_path):
     saver = CheckpointSaver(Topology.single(), asynchronous=True)
     begin(saver, tmp_path, 3, 1.0)
     with pytest.raises(AssertionError, match="must be waited for"):
-        saver.commit(CheckpointWriter(tmp_path / "other", 4, deferred=True), {}, lambda path: None)
+        saver.commit(CheckpointWriter(tmp_path / "other", 4, memory=saver.memory), {}, lambda path: None)
     saver.wait()
+
+
+def test_the_next_one_is_copied_to_where_the_one_before_was(tmp_path):
+    saver = CheckpointSaver(Topology.single(), asynchronous=True)
+    begin(saver, tmp_path, 3, 1.0)
+    saver.wait()
+    kept = saver.memory.size
+    begin(saver, tmp_path, 4, 2.0)
+    saver.wait()
+    assert saver.memory.size == kept > 0
+    assert [value_of(tmp_path / f"checkpoint-{step}") for step in (3, 4)] == [1.0, 2.0]
+
+
+def test_what_could_not_be_written_leaves_its_memory(tmp_path):
+    saver = CheckpointSaver(Topology.single(), asynchronous=True)
+    writer = CheckpointWriter(tmp_path, 1, memory=saver.memory)
+    writer.write_boxes("optimizer.exp_avg", [Box.whole("w", torch.ones(4))])
+    (tmp_path / "tmp-checkpoint-1" / "state").rmdir()
+    (tmp_path / "tmp-checkpoint-1" / "state").write_text("in the way")
+    saver.commit(writer, {}, lambda path: None)
+    with pytest.raises(CheckpointError):
+        saver.wait()
+    kept = saver.memory.size
+    saver.memory.copy(torch.ones(4))
+    assert saver.memory.size == kept
 
 
 def test_a_writer_without_copies_is_not_taken(tmp_path):
@@ -157,8 +182,8 @@ def test_two_ranks_go_on_together_and_fail_together(tmp_path):
 
 
 def test_a_rank_that_never_finishes_is_given_up(tmp_path):
-    writer = CheckpointWriter(tmp_path, 1, world_size=2, deferred=True)
     saver = CheckpointSaver(Topology.single(), asynchronous=True, patience=0.2)
+    writer = CheckpointWriter(tmp_path, 1, world_size=2, memory=saver.memory)
     saver.commit(writer, {}, lambda path: None)
     begun = time.monotonic()
     with pytest.raises(
@@ -182,8 +207,9 @@ def test_a_rank_that_ends_alone_leaves_it_some_time(tmp_path, monkeypatch):
 
 
 def test_a_process_does_not_stay_for_its_checkpoint(tmp_path):
-    writer = CheckpointWriter(tmp_path, 1, world_size=2, deferred=True)
-    CheckpointSaver(Topology.single(), asynchronous=True, patience=60).commit(writer, {}, lambda path: None)
+    saver = CheckpointSaver(Topology.single(), asynchronous=True, patience=60)
+    writer = CheckpointWriter(tmp_path, 1, world_size=2, memory=saver.memory)
+    saver.commit(writer, {}, lambda path: None)
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint-1"]
     assert thread.daemon
     os.rename(writer.path, tmp_path / "gone")
