@@ -58,21 +58,24 @@ class CheckpointSaver:
         self._flight = _Flight(writer, metadata, then, self._patience)
 
     def wait(self) -> None:
-        """Wait for the checkpoint in flight, if there is one. Every rank calls it: before the next checkpoint is
-        begun, before any is read, and at the end.
+        """Wait for the checkpoint in flight, if there is one; then `memory` is free. Every rank calls it: before the
+        next checkpoint is begun, before any is read, and at the end.
 
         Raises:
             CheckpointError: on every rank, when it could not be written.
         """
-        flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        try:
-            together(self.topology, flight.wait_for_own_part)
-        except Exception:
-            flight.abandon()
-            raise
-        from_first_rank(self.topology, flight.wait_for_all)
+        flight = self._flight
+        if flight is not None:
+            try:
+                together(self.topology, flight.wait_for_own_part)
+                from_first_rank(self.topology, flight.wait_for_all)
+            except Exception:
+                flight.abandon()
+                self._flight = None
+                raise
+            self._flight = None  # and not where an interrupt ended the waiting: then its thread still writes
+        if self.memory is not None:
+            self.memory.clear()
 
     def let_finish(self, seconds: float) -> None:
         """Give the checkpoint in flight some time, and tell nobody how it went: for a rank that ends by an error of its

@@ -5,6 +5,7 @@ longer than to copy into them. Memory that is kept is cleared once in a run.
 """
 
 import math
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class HostMemory:
         taken = -(-size // ALIGNMENT) * ALIGNMENT
         block = next((block for block in self._blocks if block.has_room(taken)), None)
         if block is None:
-            block = _Block(torch.empty(max(taken, BLOCK_BYTES), dtype=torch.uint8))
+            block = _Block(_memory(max(taken, BLOCK_BYTES)))
             self._blocks.append(block)
         content = block.content.narrow(0, block.used, size)
         block.used += taken
@@ -59,3 +60,12 @@ class HostMemory:
         """Nobody may read what has been given out any more."""
         for block in self._blocks:
             block.used = 0
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes of this process alone: pages shared with a child, as a loader's worker is, would have to be copied before
+    they are written again."""
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux has it
+        region.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(region, dtype=torch.uint8)

@@ -18,11 +18,13 @@ def prune(
     protected_steps: Callable[[int], bool],
     best: str | os.PathLike[str] | None = None,
     written: Path | None = None,
+    newest: bool = True,
 ) -> list[Path]:
     """Delete old checkpoints and return their paths, oldest first.
 
-    keep_last: how many to keep, the best one among them, as HF counts; the newest always stays. Protected steps (a
-        log-spaced schedule's) stay and are not counted. Zero or less keeps all.
+    keep_last: how many to keep, the best one among them, as HF counts. Protected steps (a log-spaced schedule's) stay
+        and are not counted. Zero or less keeps all.
+    newest: whether that one stays in any case, for a run to go on from.
     written: the checkpoint just written, which is the newest whatever the steps of others say.
     A directory without a readable manifest is no checkpoint: it is neither counted nor deleted.
     """
@@ -37,8 +39,8 @@ def prune(
     best_step = None if best is None else step_of(Path(best))
     others = [path for path in candidates if step_of(path) != best_step]
     room = keep_last - (len(candidates) - len(others))
-    newest_is_best = bool(candidates) and step_of(candidates[0]) == best_step
-    doomed = others[max(room, 0 if newest_is_best else 1) :][::-1]
+    newest_is_other = bool(candidates) and step_of(candidates[0]) != best_step
+    doomed = others[max(room, 1 if newest and newest_is_other else 0) :][::-1]
     for path in doomed:
         logger.info("deleting %s: save_total_limit is %d", path, keep_last)
         remove_checkpoint(path)

@@ -54,8 +54,8 @@ class CheckpointWriter:
     Rank 0 must hold the directory's `OutputLock`. `barrier` returns when every rank has called it. All ranks construct
     the writer and commit; in between each writes what it has. `path` is where the files lie until the commit.
 
-    memory: where tensors are copied to at once, to be written by `write_deferred`, in whatever thread calls it, which
-        clears it. None: they are written at once.
+    memory: where tensors are copied to at once, to be written by `write_deferred`, in whatever thread calls it. None:
+        they are written at once.
 
     Raises:
         CheckpointError: here and in every method, when something cannot be written; earlier checkpoints remain.
@@ -159,14 +159,9 @@ class CheckpointWriter:
     # The phases of a commit, in their order.
 
     def write_deferred(self) -> None:
-        """Write the tensors that wait in host memory, and leave it to others."""
-        waiting, self._waiting = self._waiting, []
-        try:
-            for each in waiting:
-                self._write_file(*each)
-        finally:
-            if self.memory is not None:
-                self.memory.clear()
+        """Write the tensors that wait in host memory."""
+        while self._waiting:
+            self._write_file(*self._waiting.pop(0))
 
     def seal(self) -> None:
         """Bring this rank's files to the disk and leave a record of their sizes and sums for rank 0."""

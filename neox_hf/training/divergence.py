@@ -6,6 +6,7 @@ which is early enough: nothing is saved in between without a look.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class GradientGuard:
         self.skipped_steps = 0
         self._consecutive = 0
         self._unread: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """What a run that goes on has to know: steps skipped in all, and in a row."""
+        return {"skipped_steps": self.skipped_steps, "consecutive": self._consecutive}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.skipped_steps, self._consecutive = state["skipped_steps"], state["consecutive"]
 
     def must_skip(self, step: int, norm: Tensor | float) -> bool:
         """Look at the norm of `step` (counted from 1); True if its update must be dropped.

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from neox_hf.checkpoint import Checkpoint, Manifest, find_latest, open_checkpoint, verify_checkpoint
+from neox_hf.checkpoint import Checkpoint, Manifest, find_latest, open_checkpoint, read_manifest, verify_checkpoint
 from neox_hf.checkpoint.directory import finished_checkpoints, step_of
 from neox_hf.errors import CheckpointError
 from neox_hf.parallel.collectives import from_first_rank
@@ -42,14 +42,14 @@ def _decide(request: str | bool | None, output_dir: Path) -> tuple[Path, Manifes
         return None
     if request in (True, LATEST):
         return _newest(output_dir)
-    _refuse_two_timelines(Path(str(request)), output_dir)
-    return Path(str(request)), verify_checkpoint(str(request))
+    path = Path(str(request))
+    _refuse_two_timelines(path, read_manifest(path).step, output_dir)
+    return path, verify_checkpoint(path)
 
 
-def _refuse_two_timelines(request: Path, output_dir: Path) -> None:
+def _refuse_two_timelines(request: Path, step: int, output_dir: Path) -> None:
     """Later checkpoints of an abandoned continuation would be taken for this run's newest."""
-    step = step_of(request)
-    newer = [path for path in finished_checkpoints(output_dir) if step is not None and step_of(path) > step]
+    newer = [path for path in finished_checkpoints(output_dir) if step_of(path) > step]
     if newer:
         raise CheckpointError(
             f"{output_dir} holds {newer[0].name}, which is newer than {request.name}, the one to resume from: the two "

@@ -5,6 +5,7 @@ Weights and optimizer are boxes of HF tensors; everything else is JSON or, for r
     state/optimizer*                       master weights, moments, steps and hyper-parameters
     state/data.json                        position of every stream, counted in samples
     state/scheduler.json, state/rng-*      learning-rate schedule; one random state per rank
+    state/guard.json                       steps that were skipped
     state/fp8-*                            scales of eight-bit tensors
     trainer_state.json                     HF's own, with its log history
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DATA = "state/data.json"
 SCHEDULER = "state/scheduler.json"
+GUARD = "state/guard.json"
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -91,8 +93,21 @@ class RunState:
         trainer.engine.load_boxes(checkpoint)
         if trainer.fp8 is not None:
             trainer.fp8.load(checkpoint)
+        if checkpoint.has(GUARD):
+            trainer.guard.load_state_dict(checkpoint.json(GUARD))
         trainer.lr_scheduler.load_state_dict(checkpoint.json(SCHEDULER))
         recipe.apply()
+
+    def holds(self, checkpoint: Checkpoint | None, step: int) -> bool:
+        """Whether `checkpoint` is the one of `step` in this run's own output directory."""
+        own = finished_path(Path(self.trainer.args.output_dir), step)
+        return checkpoint is not None and checkpoint.path.resolve() == own.resolve()
+
+    def keep_best_alone(self) -> None:
+        """What HF does at the end of a run of which one checkpoint is to be kept and the best is known."""
+        args, best = self.trainer.args, self.trainer.state.best_model_checkpoint
+        if args.save_total_limit == 1 and best and self.trainer.topology.rank == 0:
+            self._prune(Path(best), newest=False)
 
     def write_beside(self) -> None:
         """Write the documents into the output directory itself, once this run is known to be the one it holds."""
@@ -110,6 +125,7 @@ class RunState:
             writer.write_json(DATA, data)
         if trainer.lr_scheduler is not None:
             writer.write_json(SCHEDULER, trainer.lr_scheduler.state_dict())
+        writer.write_json(GUARD, trainer.guard.state_dict())
         self._note_callbacks()
         writer.write_json(TRAINER_STATE, dataclasses.asdict(trainer.state))
         for relative_path, text in self.documents.items():
@@ -166,17 +182,22 @@ class RunState:
 
         def rotate_and_publish(written: Path) -> None:
             if args.save_total_limit:
-                prune(
-                    Path(args.output_dir),
-                    args.save_total_limit,
-                    lambda saved: is_protected(saved, args.save_schedule),
-                    Path(best) if best else None,
-                    written,
-                )
+                self._prune(Path(best) if best else None, written)
             if publisher is not None:
                 publisher.publish_step(written, step)
 
         return rotate_and_publish
+
+    def _prune(self, best: Path | None, written: Path | None = None, newest: bool = True) -> None:
+        args = self.trainer.args
+        prune(
+            args.output_dir,
+            args.save_total_limit,
+            lambda saved: is_protected(saved, args.save_schedule),
+            best=best,
+            written=written,
+            newest=newest,
+        )
 
 
 def _barrier(world_size: int) -> Callable[[], None]:

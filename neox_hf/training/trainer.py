@@ -274,6 +274,7 @@ class NeoXTrainer(Trainer):
         with ExitStack() as held:
             if not self.locked:
                 from_first_rank(self.topology, lambda: self._take_output_dir(held))
+            self.run_state.wait()  # an interrupt may have left one in flight
             self.resumed = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self.topology)
             self.stop = held.enter_context(StopRequest(self.topology.world_size))
             try:
@@ -287,8 +288,15 @@ class NeoXTrainer(Trainer):
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
         self.guard.settle()
-        self.run_state.wait()  # HF looks at the checkpoints that there are
-        return super()._finalize_training(*args)
+        self.run_state.wait()
+        if not self.stop_signal:
+            self.run_state.keep_best_alone()
+        # HF would delete what a stop has just saved, and what the schedule protects.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
 
     def _take_output_dir(self, held: ExitStack) -> None:
         held.callback(OutputLock(self.args.output_dir).acquire().release)
@@ -317,7 +325,8 @@ class NeoXTrainer(Trainer):
         if self.args.recompute == "selective":  # HF has switched on full blocks
             recompute_selectively(self.model, compiled=self.args.torch_compile)
         self.run_state.write_beside()
-        if self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule):
+        due = self.state.global_step == 0 and is_scheduled(0, self.args.save_schedule)
+        if due and not self.run_state.holds(self.resumed, 0):  # whose random states are yet to be read
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return prepared

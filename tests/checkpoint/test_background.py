@@ -13,6 +13,7 @@ from neox_hf.checkpoint import (
     Box,
     CheckpointSaver,
     CheckpointWriter,
+    background,
     fill_boxes,
     find_latest,
     open_checkpoint,
@@ -104,18 +105,39 @@ def test_the_next_one_is_copied_to_where_the_one_before_was(tmp_path):
     assert [value_of(tmp_path / f"checkpoint-{step}") for step in (3, 4)] == [1.0, 2.0]
 
 
-def test_what_could_not_be_written_leaves_its_memory(tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_could_not_be_written_leaves_its_memory(tmp_path, begun):
+    """Whether the writing failed, or what came before."""
     saver = CheckpointSaver(Topology.single(), asynchronous=True)
     writer = CheckpointWriter(tmp_path, 1, memory=saver.memory)
     writer.write_boxes("optimizer.exp_avg", [Box.whole("w", torch.ones(4))])
-    (tmp_path / "tmp-checkpoint-1" / "state").rmdir()
-    (tmp_path / "tmp-checkpoint-1" / "state").write_text("in the way")
-    saver.commit(writer, {}, lambda path: None)
-    with pytest.raises(CheckpointError):
-        saver.wait()
-    kept = saver.memory.size
-    saver.memory.copy(torch.ones(4))
-    assert saver.memory.size == kept
+    if begun:
+        (tmp_path / "tmp-checkpoint-1" / "state").rmdir()
+        (tmp_path / "tmp-checkpoint-1" / "state").write_text("in the way")
+        saver.commit(writer, {}, lambda path: None)
+        with pytest.raises(CheckpointError):
+            saver.wait()
+    saver.wait()
+    place = saver.memory.copy(torch.ones(4)).data_ptr()
+    saver.memory.clear()
+    assert saver.memory.copy(torch.ones(4)).data_ptr() == place
+
+
+def test_an_interrupt_while_waiting_leaves_it_in_flight(tmp_path, monkeypatch):
+    go_on = slow_down(monkeypatch)
+    saver = CheckpointSaver(Topology.single(), asynchronous=True)
+    begin(saver, tmp_path, 3, 1.0)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(background, "together", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            saver.wait()
+    go_on.set()
+    saver.wait()
+    assert value_of(tmp_path / "checkpoint-3") == 1.0
+
+
+def interrupt(*given: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_writer_without_copies_is_not_taken(tmp_path):

@@ -1,5 +1,7 @@
 """Host memory of checkpoints: copies are the tensors, none overlaps another, and what is cleared is used again."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,3 +51,23 @@ def test_a_tensor_larger_than_a_block_has_one_of_its_own(memory):
     memory.copy(torch.zeros(1024))
     memory.copy(torch.zeros(10))
     assert memory.size == 1024 + 4096
+
+
+def test_copies_are_in_host_memory_whatever_the_default_device(memory):
+    given = torch.ones(3)
+    with torch.device("meta"):
+        copy = memory.copy(given)
+    assert copy.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="what a child inherits is told by Linux alone")
+def test_a_child_does_not_share_it(memory):
+    address, flags = memory.copy(torch.ones(3)).data_ptr(), []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(each, 16) for each in head.split("-"))
+            inside = begin <= address < end
+        elif head == "VmFlags:" and inside:
+            flags = line.split()
+    assert "dc" in flags  # don't copy on fork

@@ -183,3 +183,35 @@ def test_survivors_of_a_dead_peer_end_without_saving(runs):
 def kill_second_rank(rank: int, at_step: int) -> None:
     if rank == 1:
         kill_in_step(rank, at_step, Path("/dev/null"))
+
+
+def test_a_stop_keeps_what_it_has_saved_beside_the_best(runs):
+    best = (
+        "train={eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true, save_total_limit: 1, "
+        "metric_for_best_model: loss, greater_is_better: true}"
+    )
+    stopped = {"prepare": signal_self, "number": signal.SIGTERM, "at_step": 6, "on_rank": 0}
+    assert runs.run("best", best, **stopped) == [143], runs.message("best")
+    assert sorted(path.name for path in (runs.folder / "best").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-7"]
+
+
+def kill_in_first_step(rank: int) -> None:
+    """Die once `checkpoint-0` is whole."""
+    from neox_hf.training.engine import NativeEngine
+
+    def step(engine, *given):
+        engine.trainer.run_state.wait()
+        kill_self()
+
+    NativeEngine.step = step
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_run_killed_in_its_first_step_goes_on_at_another_layout(runs, background):
+    name = f"first-step-{background}"
+    options = ["train.save_schedule=pythia", f"train.save_in_background={background}"]
+    alone, shared = (f"train.per_device_train_batch_size={size}" for size in (2, 1))
+    assert runs.run(name, *options, alone, prepare=kill_in_first_step) == [-signal.SIGKILL]
+    saved = (runs.folder / name / "checkpoint-0" / "manifest.json").read_text()
+    assert runs.run(name, *options, shared, world_size=2) == [0, 0], runs.message(name)
+    assert (runs.folder / name / "checkpoint-0" / "manifest.json").read_text() == saved

@@ -199,6 +199,14 @@ def test_the_best_checkpoint_is_the_only_one_kept_where_one_is_kept(tmp_path, co
     assert steps_saved(tmp_path) == [4]
 
 
+def test_steps_of_the_schedule_are_kept_beside_it(tmp_path, corpus):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, "metric_for_best_model": "loss"}
+    trainer = make_trainer(tmp_path, corpus, save_schedule=[2, 4, 5], greater_is_better=False, **options)
+    script_losses(trainer, [5.0, 3.0, 4.0, 4.5])
+    trainer.train()
+    assert steps_saved(tmp_path) == [2, 4, 5, 8]
+
+
 def test_saving_only_the_best(tmp_path, corpus):
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "metric_for_best_model": "loss"}
     trainer = make_trainer(tmp_path, corpus, greater_is_better=False, **options)

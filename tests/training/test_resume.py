@@ -1,5 +1,7 @@
 """What the recipe decides on resume and what the checkpoint does; and that two continuations never mix."""
 
+import os
+import shutil
 import signal
 
 import pytest
@@ -37,6 +39,39 @@ def test_an_older_checkpoint_is_not_continued_beside_newer_ones(runs):
     for step in (6, 8):
         (runs.folder / "whole" / f"checkpoint-{step}").rename(runs.folder / f"aside-{step}")
     assert runs.run("whole", f"train.resume_from_checkpoint={older}") == [0], runs.message("whole")
+
+
+def test_nor_under_another_name(runs):
+    assert runs.run("renamed") == [0], runs.message("renamed")
+    kept = runs.folder / "kept"
+    shutil.copytree(runs.folder / "renamed" / "checkpoint-2", kept)
+    assert runs.run("renamed", f"train.resume_from_checkpoint={kept}") == [6]
+    assert "holds checkpoint-8, which is newer than kept" in runs.message("renamed")
+
+
+def nan_gradients(rank: int, first: int, last: int, stop_in: int | None = None) -> None:
+    """The gradient norm is NaN in some steps; SIGTERM comes in one."""
+    import torch
+
+    from neox_hf.training.trainer import NeoXTrainer
+
+    stock = NeoXTrainer._clip_grad_norm
+
+    def clip(trainer, model):
+        step, norm = trainer.state.global_step + 1, stock(trainer, model)
+        if step == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.tensor(float("nan")) if first <= step <= last else norm
+
+    NeoXTrainer._clip_grad_norm = clip
+
+
+def test_skipped_steps_are_counted_on(runs):
+    """Four in a row, the limit, with a stop behind the third."""
+    policy = "train={nan_policy: skip, max_skipped_steps: 4}"
+    assert runs.run("skipping", policy, prepare=nan_gradients, first=2, last=6, stop_in=4) == [143]
+    assert runs.run("skipping", policy, prepare=nan_gradients, first=2, last=6) == [4]
+    assert "makes 4 in a row" in runs.message("skipping")
 
 
 def signal_in_evaluation(rank: int) -> None:
