@@ -150,6 +150,11 @@ def embedding_gradient_(
     Ids that are no word of these give nothing. keep: whether there is something in `total` yet. factors: fp32 [...], of
     which each is multiplied with its row of `gradient` first.
     """
+    if not total.is_contiguous():  # as that of a transposed weight
+        whole = total.contiguous()
+        embedding_gradient_(whole, ids, gradient, keep, factors)
+        total.copy_(whole)
+        return
     if not keep:
         total.zero_()
     if gradient.numel() == 0:

@@ -35,10 +35,10 @@ def row_norm_forward(
 ) -> list[Tensor]:
     """[total = x + first + second, if there is a first], y1, [y2, if there is a weight2]."""
     outputs = _forward_outputs(x, first, second, weight2)
+    if x.numel() == 0:
+        return outputs
     width = x.shape[-1]
     rows = x.numel() // width
-    if rows == 0:
-        return outputs
     tensors = len(outputs) + 1 + (first is not None) + (second is not None)
     tile = FORWARD.chosen(x.device, x.dtype, width, tensors)
     forward_rows[(tile.covering(rows),)](

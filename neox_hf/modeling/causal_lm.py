@@ -22,6 +22,7 @@ from neox_hf.parallel import TensorRegion, Topology, VocabParallelHead, vocabula
 class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     """A language-model head [V, H] on `GPTNeoXModel`. On disk the head is `embed_out.weight`.
 
+    z_loss: weight of each token's squared log-sum-exp in the loss of training (`regularise_logits`).
     topology: see `GPTNeoXModel`. Every rank of a tensor group is called with the same batch, in lockstep, and gets the
     same logits or loss, so `generate` works on all of them at once, given equal seeds.
     """
@@ -31,6 +32,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
     skip_logits_in_training = False
+    z_loss = 0.0
     _own_loss: Callable[..., Tensor] | None = None
 
     def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
@@ -73,6 +75,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
             hidden_states.flatten(0, 1),
             self.lm_head.weight if head is None else head,
             next_tokens.flatten(),
+            z_loss=self.z_loss if self.training else 0.0,
             upstream=upstream,
             accumulate_into=accumulate_into,
             backend=self.kernels,
@@ -155,6 +158,8 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         if wants_loss and loss is None:
+            if self.z_loss and self.training:
+                kwargs["z_loss"] = self.z_loss
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -173,6 +178,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
     **_: Any,
 ) -> Tensor:
     """`kernels.cross_entropy` in the signature of transformers' `loss_function`, which users may replace.
@@ -185,5 +191,22 @@ def causal_lm_loss(
         shift_labels=shift_labels,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
+        z_loss=z_loss,
         backend=kernels,
     )
+
+
+def regularise_logits(model: nn.Module, z_loss: float) -> None:
+    """Have the loss of training hold z_loss times each token's squared log-sum-exp, which keeps logits from drifting.
+
+    Source: PaLM, arXiv 2204.02311, section 5, where the weight is 1e-4.
+
+    Raises:
+        ValueError: nothing of the model has this loss, or it has been replaced.
+    """
+    owners = [module for module in model.modules() if hasattr(type(module), "z_loss")]
+    if not owners or any(owner.loss_function is not owner._own_loss for owner in owners):
+        why = "its loss_function has been replaced" if owners else "it is no causal language model of neox_hf"
+        raise ValueError(f"z_loss={z_loss} cannot be added to the loss of this {type(model).__name__}: {why}")
+    for owner in owners:
+        owner.z_loss = z_loss

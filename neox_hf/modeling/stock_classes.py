@@ -55,6 +55,7 @@ class GPTNeoXForCausalLM(stock.GPTNeoXForCausalLM):
     region = ALONE
     kernels = "auto"
     skip_logits_in_training = causal_lm.GPTNeoXForCausalLM.skip_logits_in_training
+    z_loss = causal_lm.GPTNeoXForCausalLM.z_loss
     _own_loss = None
     choose_kernels = causal_lm.GPTNeoXForCausalLM.choose_kernels
     summed_loss = causal_lm.GPTNeoXForCausalLM.summed_loss

@@ -28,6 +28,8 @@ class NeoXTrainingArguments(TrainingArguments):
     save_schedule: when to save: `every` (each `save_steps`), `none`, `pythia` (0, 1, 2, 4 ... 512, then every
         1000), or a list of steps.
     save_in_background: write a checkpoint while training goes on; only copying it to the host's memory stops a step.
+    z_loss: weight of each token's squared log-sum-exp in the loss that is trained on and logged, not in that of
+        evaluation.
     nan_policy: what a loss or gradient that is not finite does: stop the run, or skip the step.
     max_skipped_steps: consecutive skipped steps after which the run stops all the same.
     peak_tflops: dense peak or sustained rate of one device in TFLOP/s, for MFU; looked up when unset.
@@ -42,6 +44,7 @@ class NeoXTrainingArguments(TrainingArguments):
     min_lr: float = 0.0
     save_schedule: Literal["every", "none", "pythia"] | list[int] = "every"
     save_in_background: bool = True
+    z_loss: float = 0.0
     nan_policy: Literal["raise", "skip"] = "raise"
     max_skipped_steps: int = 10
     peak_tflops: float | None = None

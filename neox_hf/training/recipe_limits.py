@@ -76,6 +76,7 @@ LIMITS: dict[str, dict[str, Limit]] = {
         "adam_beta2": PROBABILITY,
         "adam_epsilon": POSITIVE,
         "max_grad_norm": NOT_NEGATIVE,
+        "z_loss": NOT_NEGATIVE,
         "logging_steps": POSITIVE,
         "eval_steps": POSITIVE,
         "eval_delay": NOT_NEGATIVE,

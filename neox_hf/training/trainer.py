@@ -23,6 +23,7 @@ from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.errors import DivergenceError
 from neox_hf.modeling.accounting import flops_per_token
+from neox_hf.modeling.causal_lm import regularise_logits
 from neox_hf.modeling.recompute import recompute_selectively
 from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
@@ -95,6 +96,8 @@ class NeoXTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
+        if args.z_loss:
+            regularise_logits(self.model, args.z_loss)
         self.fp8 = Fp8Run(self) if args.numeric.fp8 else None
         seed_process(args.seed, self.topology)
         self.engine = engine_for(self)

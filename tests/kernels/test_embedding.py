@@ -35,6 +35,18 @@ def test_what_is_there_is_added_to_or_overwritten(keep):
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_transposed_weight(summed):
+    ids, dy = in_blocks(CPU), torch.randn(241, 24)
+    weight = nn.Parameter(torch.randn(24, 9).t())
+    if summed:
+        sum_in(weight, SumInGrad())
+    for _ in range(2):
+        embedding(ids, weight, backend="triton").backward(dy)
+    wanted = torch.zeros(9, 24).double().index_add(0, ids, 2 * dy.double())
+    torch.testing.assert_close(weight.grad.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_are_weighed():
     ids, dy, factors, total = in_blocks(CPU), torch.randn(241, 24).bfloat16(), torch.randn(241), torch.randn(9, 24)
     wanted = total.double().index_add(0, ids, dy.double() * factors[:, None])

@@ -240,3 +240,13 @@ def test_a_resumed_log_holds_every_evaluation(tmp_path, corpus):
     wanted = {step: row["eval_loss"] for step, row in eval_rows(whole.state.log_history).items()}
     assert list(wanted) == [2, 4, 6, 8]
     assert {step: row["eval_loss"] for step, row in eval_rows(resumed.state.log_history).items()} == wanted
+
+
+def test_z_loss_is_trained_on_and_not_evaluated(tmp_path, corpus):
+    logs = {}
+    for z_loss in (0.0, 0.1):
+        trainer = make_trainer(tmp_path / str(z_loss), corpus, z_loss=z_loss, max_steps=1, learning_rate=0.0)
+        trainer.train()
+        logs[z_loss] = trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]
+    assert logs[0.1][0] > logs[0.0][0] + 0.5  # a tenth of log(V)^2
+    assert logs[0.1][1] == logs[0.0][1]
