@@ -48,6 +48,7 @@ style: install
 	$(BIN)/ruff format .
 
 bench: install ## on a machine with a CUDA device; docs/measurements/README.md
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[bench,hopper]"
 	$(BIN)/python -m scripts.bench
 
 CONFIG ?= recipes/pythia_1.4b.yaml

@@ -29,6 +29,9 @@ REQUIRES = [
 EXTRAS = {
     "eval": ["lm-eval>=0.4.13"],
     "finetune": ["peft>=0.21", "trl>=1.16"],
+    # Those that were tried: kernels/attention.py and kernels/fused_product.py use no others.
+    "hopper": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels==0.6.5"],
+    "bench": ["liger-kernel==0.8.5"],
     "dev": ["pytest>=8", "pytest-cov>=6", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17", "peft>=0.21"],
 }
 

@@ -13,6 +13,7 @@ Source: Dao et al., 2022, arXiv 2205.14135; https://github.com/Dao-AILab/flash-a
 import functools
 import importlib
 import importlib.metadata
+import logging
 from types import ModuleType
 from typing import Any, Literal
 
@@ -25,14 +26,21 @@ from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.qkv_gradient import hand_over, heads, interleaved
 from neox_hf.kernels.registration import register, register_fake
 
+logger = logging.getLogger(__name__)
+
 AttentionBackend = Literal["sdpa", "flash_attention_4"]
 
 HOPPER = (9, 0)
 
-CHECKED_HEAD_SIZES: dict[tuple[int, int], frozenset[int]] = {HOPPER: frozenset({64, 128})}
-"""By compute capability, the head sizes at which FlashAttention 4 (4.0.0b36) gave right gradients and was no slower
-than cuDNN. On Hopper its backward is wrong at 80 (0.61 off, relative; its forward is right), slower at 96 and 256."""
+CHECKED_VERSIONS = ("4.0.0b36",)
+"""Of FlashAttention 4, whose functions are called that are not public; and gradients are checked of a version."""
 
+CHECKED_HEAD_SIZES: dict[tuple[int, int], frozenset[int]] = {HOPPER: frozenset({64, 128})}
+"""By compute capability, the head sizes at which it gave right gradients and was no slower than cuDNN: on Hopper it is
+slower at 96 and 256."""
+
+WRONG_HEAD_SIZES: dict[tuple[int, int], frozenset[int]] = {HOPPER: frozenset({80})}
+"""Those at which its gradients were wrong: 0.61 off, relative. Its forward pass is right there."""
 
 HEAD_SIZES = tuple(sorted(frozenset().union(*CHECKED_HEAD_SIZES.values())))
 
@@ -60,10 +68,25 @@ def takes_flash_attention_4(head_size: int, dtype: torch.dtype, device: torch.de
 def has_flash_attention_4() -> bool:
     """Asked of the installed distributions: that of FlashAttention 2 brings a module of the same name, unusable."""
     try:
-        importlib.metadata.version("flash-attn-4")
+        version = importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    if version not in CHECKED_VERSIONS:
+        logger.info("flash-attn-4 %s is not used: %s was checked", version, ", ".join(CHECKED_VERSIONS))
+    return version in CHECKED_VERSIONS
+
+
+def check_trains_by_flash_attention_4(head_size: int, device: torch.device) -> None:
+    """For who has FlashAttention 4 compute attention by its name, as transformers does.
+
+    Raises:
+        ValueError: its gradients are known to be wrong.
+    """
+    if device.type == "cuda" and head_size in WRONG_HEAD_SIZES.get(torch.cuda.get_device_capability(device), ()):
+        raise ValueError(
+            f"attn_implementation='flash_attention_4' has wrong gradients for heads of {head_size} on this device; "
+            "train with sdpa, which takes cuDNN there"
+        )
 
 
 def _flash_attention_4() -> ModuleType:

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neox_hf.kernels import ROTARY, causal_attention, causal_softmax, rotary
+from neox_hf.kernels.attention import check_trains_by_flash_attention_4
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
@@ -94,6 +95,8 @@ class GPTNeoXAttention(nn.Module):
         name = self.config._attn_implementation
         if name == "sdpa" and plain:
             return plain_causal_attention
+        if name == "flash_attention_4" and self.training:
+            check_trains_by_flash_attention_4(self.head_size, self.query_key_value.weight.device)
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 

@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from neox_hf.kernels import attention as attention_module
 from neox_hf.kernels import attention_backend, causal_attention, rotary
+from neox_hf.kernels.attention import check_trains_by_flash_attention_4
 from neox_hf.kernels.qkv_gradient import heads
 from neox_hf.modeling.recompute import selective_contexts
 from tests.kernels.attention_cases import check, scores_of, written_out
 
-CUDA = torch.device("cuda", 0)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FORWARD = torch.ops.neox_hf.flash_attn_forward.default
 BACKWARD = torch.ops.neox_hf.flash_attn_backward.default
 
@@ -190,15 +191,26 @@ def test_who_computes_it(size, dtype, device, capability, installed, wanted, mon
     assert attention_backend(size, dtype, device) == wanted
 
 
-@pytest.mark.parametrize("name", ["flash-attn-4", "another"])
-def test_installed_is_asked_of_the_distribution(name, monkeypatch):
-    def version(wanted):
-        if wanted != name:
-            raise attention_module.importlib.metadata.PackageNotFoundError(wanted)
-        return "4.0"
+@pytest.mark.parametrize(
+    ("name", "found", "wanted"),
+    [("flash-attn-4", "4.0.0b36", True), ("flash-attn-4", "4.0.0", False), ("another", "4.0.0b36", False)],
+)
+def test_installed_is_asked_of_the_distribution(name, found, wanted, monkeypatch):
+    def version(asked):
+        if asked != name:
+            raise attention_module.importlib.metadata.PackageNotFoundError(asked)
+        return found
 
     monkeypatch.setattr(attention_module.importlib.metadata, "version", version)
-    assert attention_module.has_flash_attention_4.__wrapped__() is (name == "flash-attn-4")
+    assert attention_module.has_flash_attention_4.__wrapped__() is wanted
+
+
+def test_gradients_that_are_wrong_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_trains_by_flash_attention_4(64, CUDA)
+    check_trains_by_flash_attention_4(80, CPU)
+    with pytest.raises(ValueError, match="'flash_attention_4' has wrong gradients for heads of 80"):
+        check_trains_by_flash_attention_4(80, CUDA)
 
 
 def test_shapes_that_differ_are_refused():
