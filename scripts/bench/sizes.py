@@ -43,7 +43,8 @@ SIZES = {
             "pythia-1.4b",
             8,
             peak_gib={"amp": 57, "bf16": 45},
-            owed={"ours-bf16": 66.5e3, "ours-pure_bf16": 68.0e3},
+            owed={"ours-bf16": 66.5e3, "ours-pure_bf16": 68.0e3, "ours-fp8": 88e3},
+            variants=(*STEADY, "ours-fp8", *PEERS),
         ),
         Size(
             "6.9b",

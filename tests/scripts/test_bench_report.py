@@ -85,7 +85,7 @@ def test_defaults_are_the_whole_benchmark():
     options = parse([])
     assert options.sections == ["ceilings", "accuracy", "ops", "steps"]
     assert options.sizes == ["160m", "410m", "1.4b", "6.9b"]
-    assert (options.variants, options.seconds, options.out.as_posix()) == (None, 90.0, "docs/measurements")
+    assert (options.variants, options.seconds, options.out.as_posix()) == (None, 300.0, "docs/measurements")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_run_of_steps_reports_each_turn(tmp_path, monkeypatch):
         figures = {variant: {"turns": [turn]} for variant in variants}
         keep(figures)
         seen.append(report.read_json(tmp_path / "small.json")["steps"]["tiny"]["eager-amp"]["ms"])
-        assert plan.seconds == 90.0
+        assert plan.seconds == 300.0
         return figures
 
     monkeypatch.setattr("scripts.bench.__main__.measure_size", measured)
