@@ -12,6 +12,7 @@ from neox_hf.kernels.causal_softmax import CAUSAL_SOFTMAX, causal_softmax
 from neox_hf.kernels.column_sums import column_sums
 from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_entropy
 from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
+from neox_hf.kernels.document_attention import DOCUMENT_ATTENTION, document_attention
 from neox_hf.kernels.dual_layer_norm import (
     ADD_DUAL_LAYER_NORM,
     DUAL_LAYER_NORM,
@@ -53,6 +54,7 @@ OPS: tuple[Op, ...] = (
     EMBEDDING,
     BIAS_DROPOUT_RESIDUAL,
     CAUSAL_SOFTMAX,
+    DOCUMENT_ATTENTION,
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
 )
@@ -60,6 +62,7 @@ OPS: tuple[Op, ...] = (
 __all__ = [
     "ADAMW",
     "BACKENDS",
+    "DOCUMENT_ATTENTION",
     "GRADIENT_NORM",
     "IGNORE_INDEX",
     "OPS",
@@ -80,6 +83,7 @@ __all__ = [
     "column_sums",
     "cross_entropy",
     "describe_choice",
+    "document_attention",
     "draw_dropout_seed",
     "dual_layer_norm",
     "embedding",

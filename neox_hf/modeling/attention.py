@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neox_hf.kernels import ROTARY, causal_attention, causal_softmax, rotary
+from neox_hf.kernels import ROTARY, causal_attention, causal_softmax, document_attention, rotary
 from neox_hf.kernels.attention import check_trains_by_flash_attention_4
+from neox_hf.kernels.document_spans import DocumentSpans
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.initialization import output_layer
@@ -45,7 +46,7 @@ class GPTNeoXAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | DocumentSpans | None,
         layer_past: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         leave_bias: bool = False,
@@ -62,7 +63,7 @@ class GPTNeoXAttention(nn.Module):
     def attended(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | DocumentSpans | None,
         layer_past: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
@@ -75,8 +76,9 @@ class GPTNeoXAttention(nn.Module):
             key, value = layer_past.update(key, value, self.layer_idx)
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         plain = attention_mask is None and layer_past is None and kwargs.get("is_causal", True)
+        attend = within_documents if isinstance(attention_mask, DocumentSpans) else self._implementation(plain)
         with self.region.own_random(query.device, kwargs["dropout"]):
-            output, weights = self._implementation(plain)(self, query, key, value, attention_mask, **kwargs)
+            output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return output.reshape(*qkv.shape[:2], -1), weights
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -113,6 +115,13 @@ def plain_causal_attention(
     """`kernels.causal_attention` in the signature of transformers' implementations."""
     backend = module.kernels
     return causal_attention(query, key, value, scale=scaling, dropout=dropout, backend=backend), None
+
+
+def within_documents(
+    module: GPTNeoXAttention, query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """`kernels.document_attention` in that signature."""
+    return document_attention(query, key, value, spans, scale=scaling, backend=module.kernels), None
 
 
 def eager_attention(

@@ -1,4 +1,4 @@
-"""Which positions may look at which: a mask, or nothing where `is_causal` says it all."""
+"""Which positions may look at which: nothing where `is_causal` says it all, spans of keys, or a mask."""
 
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from neox_hf.kernels import DOCUMENT_ATTENTION
+from neox_hf.kernels.document_spans import DocumentSpans, spans_of_padding, spans_of_positions
 from neox_hf.modeling.configuration import GPTNeoXConfig
 
 
@@ -18,7 +20,7 @@ def causal_mask(
     attention_mask: Tensor | BlockMask | None,
     position_ids: Tensor | None,
     past_key_values: Cache | None,
-) -> Tensor | BlockMask | None:
+) -> Tensor | BlockMask | DocumentSpans | None:
     """The mask in the form that the attention implementation wants, or None.
 
     attention_mask: [B, S] of 0 and 1, or 4-D and ready, as the caller gave it. position_ids: as the *caller* gave them,
@@ -27,6 +29,8 @@ def causal_mask(
     """
     if is_causal_enough(config, inputs_embeds.shape[1], attention_mask, position_ids, past_key_values):
         return None
+    if takes_spans(config, inputs_embeds, attention_mask, past_key_values):
+        return _spans(inputs_embeds, attention_mask, position_ids)
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
@@ -57,6 +61,24 @@ def is_causal_enough(
     if past_key_values.is_compileable or any(past_key_values.is_sliding):
         return False
     return length == 1 or past_key_values.get_seq_length() == 0
+
+
+def takes_spans(
+    config: GPTNeoXConfig, inputs_embeds: Tensor, attention_mask: Tensor | BlockMask | None, cache: Cache | None
+) -> bool:
+    """Whether a kernel takes over from SDPA, which would want a mask [B, 1, S, S]: in forward passes over whole samples
+    and without dropout."""
+    if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True) or config.attention_dropout:
+        return False
+    of_tokens = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
+    return of_tokens and cache is None and DOCUMENT_ATTENTION.has_kernel_for(config.kernels, inputs_embeds)
+
+
+def _spans(inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> DocumentSpans | None:
+    """As transformers reads them: positions tell documents apart where there is no attention mask."""
+    if attention_mask is not None:
+        return spans_of_padding(attention_mask.to(inputs_embeds.device) != 0)
+    return spans_of_positions(position_ids.to(inputs_embeds.device).expand(inputs_embeds.shape[0], -1))
 
 
 def flash_documents(

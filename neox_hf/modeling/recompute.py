@@ -42,7 +42,7 @@ PRODUCTS = frozenset(
 )
 """What a linear comes to. The batched products of attention that is written out are none of them."""
 
-ATTENTION = ("scaled_dot_product", "flash_attn", "flex_attention")
+ATTENTION = ("scaled_dot_product", "flash_attn", "flex_attention", "document_attn")
 """Parts of the names of fused attention operations: torch's for each device, and those of packages."""
 
 PRODUCTS_OF_A_BLOCK = 4

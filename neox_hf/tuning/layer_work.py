@@ -1,5 +1,6 @@
 """The kernels of a layer at a recipe's sizes, for those passes whose launches can be chosen."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -8,23 +9,29 @@ from torch import Tensor
 from neox_hf.kernels import (
     bias_dropout_residual,
     bias_gelu,
+    document_attention,
     layer_norm,
     residual_dual_layer_norm,
     residual_layer_norm,
     rotary,
 )
 from neox_hf.kernels.column_sums import column_sums
+from neox_hf.kernels.document_spans import DocumentSpans, spans_of_positions
+from neox_hf.kernels.qkv_gradient import heads
 from neox_hf.kernels.rotary_back import rotary_back_with_sums
 from neox_hf.tuning.inputs import Random
 from neox_hf.tuning.sizes import Sizes
 from neox_hf.tuning.work import Call, Work, passes
 
 EPS = 1e-5
+DOCUMENT = 500
+"""Tokens of a packed document."""
 
 
 def layer_work(s: Sizes) -> list[Work]:
     """What takes longest first."""
-    return [*gelu_work(s), *norm_work(s), *residual_work(s), *rotary_work(s), *column_work(s)]
+    works = gelu_work, document_work, norm_work, residual_work, rotary_work, column_work
+    return [each for work in works for each in work(s)]
 
 
 def gelu_work(s: Sizes) -> Iterator[Work]:
@@ -41,6 +48,26 @@ def gelu_work(s: Sizes) -> Iterator[Work]:
 
     yield from passes("bias + GELU", op, lambda random: make(random, biased=True))
     yield from passes("GELU", op, lambda random: make(random, biased=False))
+
+
+def document_work(s: Sizes) -> Iterator[Work]:
+    """Attention within documents of `DOCUMENT` tokens."""
+    if not s.documents:
+        return
+
+    @functools.cache
+    def spans_on(device: torch.device) -> DocumentSpans:
+        return spans_of_positions(torch.arange(s.sequence, device=device).remainder(DOCUMENT).expand(s.batch, -1))
+
+    def op(query: Tensor, *rest: Tensor) -> Tensor:
+        return document_attention(query, *rest, spans_on(query.device), scale=s.head_size**-0.5, backend="triton")
+
+    def make(random: Random) -> tuple[list[Tensor | None], list[Tensor]]:
+        qkv = random.values(s.product, s.batch, s.sequence, s.heads, 3, s.head_size)
+        upstream = random.values(s.product, s.batch, s.sequence, s.heads, s.head_size)
+        return list(heads(qkv)), [upstream]
+
+    yield from passes("attention within documents", op, make)
 
 
 def norm_work(s: Sizes) -> Iterator[Work]:

@@ -22,7 +22,7 @@ class Sizes:
     batch: samples of a micro-batch, of `sequence` tokens. inner: of the MLP. heads: of `head_size`, the first `rotary`
     of which are rotated. vocabulary: columns of the logits; None where they are split over ranks.
     form: of GELU; None for another activation. dropout: behind attention and MLP. attention_bias, parallel_residual:
-    as in the configuration.
+    as in the configuration. documents: whether a kernel keeps packed documents apart.
     stream: dtype of the residual stream and of the weights; product: of what matrix products give.
     gradient: of the weights' gradients. master: whether fp32 masters are stepped. parameters: most that a rank holds
     and our kernels step; 0 where DeepSpeed steps otherwise (`training.deepspeed_step`).
@@ -40,6 +40,7 @@ class Sizes:
     dropout: float
     attention_bias: bool
     parallel_residual: bool
+    documents: bool
     stream: torch.dtype
     product: torch.dtype
     gradient: torch.dtype
@@ -68,6 +69,7 @@ class Sizes:
             dropout=config.hidden_dropout,
             attention_bias=config.attention_bias,
             parallel_residual=config.use_parallel_residual,
+            documents=_keeps_documents_apart(recipe, config),
             stream=precision.weights,
             product=torch.bfloat16 if precision.autocast else precision.weights,
             gradient=torch.float32 if precision.master else precision.weights,
@@ -95,6 +97,11 @@ def _stepped(recipe: Recipe, config: GPTNeoXConfig, precision: Precision) -> int
         return 0
     split = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "partition": parallel.partition}
     return max(ranks[0] for ranks in rank_parameters(config, **split))
+
+
+def _keeps_documents_apart(recipe: Recipe, config: GPTNeoXConfig) -> bool:
+    by_kernel = recipe.model.attn_implementation in (None, "sdpa") and config.kernels != "torch"
+    return recipe.data.document_mask and by_kernel and not config.attention_dropout
 
 
 def _config(recipe: Recipe) -> GPTNeoXConfig:

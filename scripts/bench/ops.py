@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from neox_hf import kernels
+from neox_hf.kernels.document_spans import spans_of_positions
 from neox_hf.kernels.qkv_gradient import HANDED_OVER, heads
 from scripts.bench import liger
 from scripts.bench.case import Case, streams, wides
@@ -14,6 +15,8 @@ from scripts.bench.inputs import Inputs, Random
 from scripts.bench.other_ops import OTHERS
 
 EPS = 1e-5
+DOCUMENT = 500
+"""Tokens of a packed document."""
 
 
 def norm_inputs(s: Shapes, random: Random, rows: int, affines: int, outputs: int) -> Inputs:
@@ -122,6 +125,18 @@ def attention_work(s: Shapes, passes: float) -> Work:
     return Work(flops=passes * 2 * s.batch * s.heads * s.sequence**2 * s.head_size)
 
 
+def document_inputs(s: Shapes, random: Random) -> Inputs:
+    """As for attention, each sample packed with documents of `DOCUMENT` tokens."""
+    positions = torch.arange(s.sequence, device=random.device).remainder(DOCUMENT).expand(s.batch, -1)
+    whole = attention_inputs(s, random)
+    return Inputs((*whole.arguments, spans_of_positions(positions)), whole.gradients)
+
+
+def document_work(s: Shapes, passes: float) -> Work:
+    whole, rest = divmod(s.sequence, DOCUMENT)
+    return Work(flops=passes * 2 * s.batch * s.heads * (whole * DOCUMENT**2 + rest**2) * s.head_size)
+
+
 ATTENTION = (
     Case(
         "causal attention",
@@ -130,6 +145,15 @@ ATTENTION = (
         ours=lambda q, *kv, backend: kernels.causal_attention(q, *kv, scale=q.shape[-1] ** -0.5, backend=backend),
         forward=lambda s: attention_work(s, 1),
         both=lambda s: attention_work(s, 3.5),
+        timed=("ours", "torch"),
+    ),
+    Case(
+        "attention within documents",
+        make=document_inputs,
+        torch=lambda q, k, v, spans: kernels.DOCUMENT_ATTENTION.torch(q, k, v, spans, q.shape[-1] ** -0.5),
+        ours=lambda q, *rest, backend: kernels.document_attention(q, *rest, scale=q.shape[-1] ** -0.5, backend=backend),
+        forward=lambda s: document_work(s, 1),
+        both=lambda s: document_work(s, 3.5),
         timed=("ours", "torch"),
     ),
 )

@@ -11,6 +11,7 @@ from neox_hf import kernels
 from neox_hf.kernels import AdamWRates, AdamWTensors, adamw_, gradient_norm, rotary
 from neox_hf.kernels.launch_choice import LaunchChoice, launches_on
 from neox_hf.kernels.softmax_rows import losses_and_gradient_
+from tests.kernels.document_cases import check as check_document_attention
 from tests.kernels.elementwise_cases import (
     check_bias_gelu,
     check_bias_residual,
@@ -83,6 +84,10 @@ def check_gradient_norm(device):
     assert gradient_norm(gradients, backend="triton").item() == pytest.approx(wanted, rel=1e-6)
 
 
+def check_documents(device, size, dtype, kind="documents"):
+    check_document_attention(device, dtype, kind, batch=2, sequence=70, count=1, size=size, tolerance=1.2)
+
+
 CASES = {
     "bias_gelu": lambda device: check_bias_gelu(device, (7, 300), torch.float32, "erf", True),
     "gelu": lambda device: check_bias_gelu(device, (7, 300), torch.float16, "tanh", False),
@@ -96,6 +101,12 @@ CASES = {
     "rotary": check_rotary,
     "rotary_back": lambda device: check_back((2, 37, 3, 3, 32), 8, 1, torch.float32, device),
     "loss": check_loss,
+    "documents": lambda device: check_documents(device, 16, torch.float32),
+    "documents, wider": lambda device: check_documents(device, 72, torch.float32),
+    "documents, wide": lambda device: check_documents(device, 130, torch.float32, "holes"),
+    "documents, half": lambda device: check_documents(device, 64, torch.float16),
+    "documents, half, wider": lambda device: check_documents(device, 72, torch.float16),
+    "documents, half, wide": lambda device: check_documents(device, 136, torch.float16, "holes"),
     "adamw": check_adamw,
     "gradient_norm": check_gradient_norm,
 }

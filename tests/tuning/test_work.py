@@ -17,6 +17,7 @@ BASE = "recipes/pythia_1.4b.yaml"
 VARIANTS = {
     "as released": TINY,
     "dropout": replace(TINY, dropout=0.1, parallel_residual=False, attention_bias=False, parameters=0),
+    "documents": replace(TINY, documents=True),
     "amp": replace(TINY, stream=torch.float32, gradient=torch.float32, master=False),
 }
 ASKED = {
@@ -38,6 +39,11 @@ ASKED = {
     }
 }
 ASKED["amp"] = ASKED["as released"]
+ASKED["documents"] = ASKED["as released"] | {
+    "document_attention_forward",
+    "document_attention_of_queries",
+    "document_attention_of_keys",
+}
 ASKED["dropout"] = (ASKED["as released"] | {"dropout_backward", "rotary_assemble"}) - {
     "adamw",
     "gradient_norm",
@@ -79,6 +85,21 @@ def test_sizes_of_a_recipe():
     assert (found.stream, found.product, found.gradient) == (torch.bfloat16, torch.bfloat16, torch.float32)
     assert found.master
     assert found.parameters == 1_414_647_808
+
+
+@pytest.mark.parametrize(
+    ("settings", "documents"),
+    [
+        ([], True),
+        (["model.attn_implementation=sdpa"], True),
+        (["model.attn_implementation=eager"], False),
+        (["model.kernels=torch"], False),
+        (["data.document_mask=false"], False),
+        (["model.attention_dropout=0.1"], False),
+    ],
+)
+def test_who_keeps_documents_apart(settings, documents):
+    assert sizes("data.document_mask=true", *settings).documents is documents
 
 
 def test_sizes_of_other_precisions():

@@ -17,6 +17,7 @@ TINY = Sizes(
     dropout=0.0,
     attention_bias=True,
     parallel_residual=True,
+    documents=False,
     stream=torch.bfloat16,
     product=torch.bfloat16,
     gradient=torch.float32,

@@ -1,0 +1,148 @@
+"""Causal attention within documents that are packed into rows, or rows that are padded: without a mask.
+
+    softmax over the keys j that i sees of (scale q_i k_j) v_j,   seen: first_i <= j < behind_i, and j kept
+
+A query that sees nothing, in the place of padding, has zeros. Work and memory are those of what is seen, rounded up to
+blocks: nothing has the size S x S. The gradients of query, key and value are written into one buffer laid out like the
+projection.
+
+Shapes: query, key and value [B batch, N heads, S sequence, D head size], any strides but the last, which is 1; the
+output is [B, S, N, D] and contiguous. `DocumentSpans` in `document_spans.py`.
+Source: Dao, 2023, arXiv 2307.08691, of the two passes over blocks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from neox_hf.kernels.dispatch import Op
+from neox_hf.kernels.document_attention_backward import launch_backward
+from neox_hf.kernels.document_attention_forward import launch_forward
+from neox_hf.kernels.document_spans import DocumentSpans
+from neox_hf.kernels.once_differentiable import once_differentiable
+from neox_hf.kernels.qkv_gradient import hand_over, heads, interleaved
+from neox_hf.kernels.registration import register, register_fake
+
+
+def document_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scale: float
+) -> Tensor:
+    """Through `scaled_dot_product_attention` with the mask [B, 1, S, S] written out."""
+    place = torch.arange(query.shape[2], device=query.device)
+    seen = (place >= spans.first[..., None]) & (place < spans.behind[..., None])
+    if spans.kept is not None:
+        seen = seen & spans.kept[:, None, :]
+    seen = seen[:, None]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+    return output.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2).contiguous()
+
+
+# The names tell selective recomputation that these are attention, to be kept (modeling/recompute.py).
+@register("document_attn_forward")
+def document_attn_forward(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, behind: Tensor, kept: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B, S, N, D] and, fp32, log2 [B, N, S] of each softmax's denominator."""
+    return launch_forward(query, key, value, first, behind, kept, scale)
+
+
+@register_fake(document_attn_forward)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, behind: Tensor, kept: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, count, sequence, size = query.shape
+    log_sum = query.new_empty(batch, count, sequence, dtype=torch.float32)
+    return query.new_empty(batch, sequence, count, size), log_sum
+
+
+@register("document_attn_backward")
+def document_attn_backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    behind: Tensor,
+    end: Tensor,
+    kept: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    scale: float,
+) -> Tensor:
+    """Gradients of query, key and value, interleaved in one [B, S, N, 3, D]."""
+    buffer = interleaved(query)
+    launch_backward(upstream.contiguous(), query, key, value, first, behind, end, kept, output, log_sum, scale, buffer)
+    return buffer
+
+
+@register_fake(document_attn_backward)
+def _(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    behind: Tensor,
+    end: Tensor,
+    kept: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    scale: float,
+) -> Tensor:
+    return interleaved(query)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first: Tensor,
+        behind: Tensor,
+        end: Tensor,
+        kept: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        output, log_sum = document_attn_forward(query, key, value, first, behind, kept, scale)
+        ctx.save_for_backward(query, key, value, first, behind, end, kept, output, log_sum)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        buffer = document_attn_backward(upstream, *ctx.saved_tensors, ctx.scale)
+        if not torch.compiler.is_compiling():
+            hand_over(buffer, ctx)
+        return *heads(buffer), None, None, None, None, None
+
+
+def document_attention_triton(query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scale: float) -> Tensor:
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return _DocumentAttention.apply(query, key, value, *spans, scale)
+
+
+DOCUMENT_ATTENTION = Op("document_attention", torch=document_attention_reference, triton=document_attention_triton)
+
+
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, *, scale: float, backend: str = "auto"
+) -> Tensor:
+    """Attention of query, key and value [B, N, S, D], each token within its span: [B, S, N, D].
+
+    Raises:
+        ValueError: shapes differ, the spans are of another batch, the scale is not above 0, or no such backend.
+    """
+    batch, _, sequence, _ = query.shape
+    if not query.shape == key.shape == value.shape or spans.first.shape != (batch, sequence):
+        raise ValueError(
+            f"document attention was given query {list(query.shape)}, key {list(key.shape)}, value "
+            f"{list(value.shape)} and spans {list(spans.first.shape)}; it wants three of one [B, N, S, D], and [B, S]"
+        )
+    if not scale > 0:
+        raise ValueError(f"document attention was given scale={scale}; it wants one above 0")
+    return DOCUMENT_ATTENTION.choose(backend, query)(query, key, value, spans, scale)

@@ -1,0 +1,102 @@
+"""Models whose documents and padding a kernel keeps apart, beside the same models under a mask."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from neox_hf.kernels.document_spans import DocumentSpans
+from neox_hf.modeling.masks import causal_mask
+from neox_hf.modeling.recompute import recompute_kwargs
+
+LENGTH = 40
+
+
+def given(kind):
+    """Arguments of a forward pass, and which tokens count."""
+    counted = torch.ones(2, LENGTH, dtype=torch.bool)
+    if kind == "documents":
+        rows = [[*range(13), *range(27)], [*range(LENGTH - 1), 0]]
+        return {"position_ids": torch.tensor(rows)}, counted
+    counted[0, : LENGTH // 3] = False
+    if kind == "padding with holes":
+        counted[1, 5:9] = False
+    return {"attention_mask": counted.long()}, counted
+
+
+def loss_and_gradients(model, ids, arguments, counted):
+    loss = model(ids, labels=ids.masked_fill(~counted, -100), **arguments).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["documents", "padding", "padding with holes"])
+def test_loss_and_gradients_are_those_under_a_mask(kind, training, make_model, tokens):
+    arguments, counted = given(kind)
+    ids = tokens(length=LENGTH)
+    found, wanted = (
+        loss_and_gradients(make_model(kernels=kernels).train(training), ids, arguments, counted)
+        for kernels in ("triton", "torch")
+    )
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_with_recomputation(mode, make_model, tokens):
+    arguments, counted = given("documents")
+    ids = tokens(length=LENGTH)
+    model = make_model(kernels="triton").train()
+    wanted = loss_and_gradients(model, ids, arguments, counted)
+    again = make_model(kernels="triton").train()
+    again.gradient_checkpointing_enable(recompute_kwargs(mode))
+    found = loss_and_gradients(again, ids, arguments, counted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def spans_of(config, attention_mask=None, position_ids=None, cache=None):
+    return causal_mask(config, torch.zeros(2, 8, config.hidden_size), attention_mask, position_ids, cache)
+
+
+def test_where_a_kernel_takes_over(make_model):
+    positions, padded = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), torch.ones(2, 8)
+    padded[0, 0] = 0
+
+    def kind(attention="sdpa", cache=None, **fields):
+        config = make_model(attention=attention, **({"kernels": "triton"} | fields)).config
+        masks = (
+            spans_of(config, position_ids=positions, cache=cache and DynamicCache(config=config)),
+            spans_of(config, attention_mask=padded, cache=cache and DynamicCache(config=config)),
+        )
+        return {type(mask) for mask in masks}
+
+    assert kind() == {DocumentSpans}
+    assert kind(kernels="torch") == {torch.Tensor}
+    assert kind(kernels="auto") == {torch.Tensor}  # on a CPU
+    assert kind(attention="eager") == {torch.Tensor}
+    assert kind(attention_dropout=0.1) == {torch.Tensor}
+    assert torch.Tensor in kind(cache=True)
+
+
+def test_what_is_given_as_a_mask_of_pairs_stays_one(make_model):
+    config = make_model(kernels="triton").config
+    pairs = torch.zeros(2, 1, 8, 8)
+    assert spans_of(config, attention_mask=pairs) is pairs
+
+
+def test_no_padding_is_plain_causal_attention(make_model):
+    assert spans_of(make_model(kernels="triton").config, attention_mask=torch.ones(2, 8)) is None
+
+
+def test_compiles_into_one_graph(make_model, tokens):
+    arguments, counted = given("documents")
+    ids = tokens(length=LENGTH)
+    wanted = loss_and_gradients(make_model(kernels="triton").train(), ids, arguments, counted)
+    model = make_model(kernels="triton").train()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    found = loss_and_gradients(model, ids, arguments | {"use_cache": False}, counted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
