@@ -20,16 +20,17 @@ def causal_mask(
     attention_mask: Tensor | BlockMask | None,
     position_ids: Tensor | None,
     past_key_values: Cache | None,
+    kernels: str,
 ) -> Tensor | BlockMask | DocumentSpans | None:
     """The mask in the form that the attention implementation wants, or None.
 
     attention_mask: [B, S] of 0 and 1, or 4-D and ready, as the caller gave it. position_ids: as the *caller* gave them,
     so None says that no position restarts; where they do, documents are packed and do not see each other.
-    past_key_values: as the caller gave it.
+    past_key_values: as the caller gave it. kernels: the model's choice; a configuration of transformers' has none.
     """
     if is_causal_enough(config, inputs_embeds.shape[1], attention_mask, position_ids, past_key_values):
         return None
-    if takes_spans(config, inputs_embeds, attention_mask, past_key_values):
+    if takes_spans(config, inputs_embeds, attention_mask, past_key_values, kernels):
         return _spans(inputs_embeds, attention_mask, position_ids)
     return create_causal_mask(
         config=config,
@@ -64,14 +65,18 @@ def is_causal_enough(
 
 
 def takes_spans(
-    config: GPTNeoXConfig, inputs_embeds: Tensor, attention_mask: Tensor | BlockMask | None, cache: Cache | None
+    config: GPTNeoXConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    cache: Cache | None,
+    kernels: str,
 ) -> bool:
     """Whether a kernel takes over from SDPA, which would want a mask [B, 1, S, S]: in forward passes over whole samples
     and without dropout."""
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True) or config.attention_dropout:
         return False
     of_tokens = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
-    return of_tokens and cache is None and DOCUMENT_ATTENTION.has_kernel_for(config.kernels, inputs_embeds)
+    return of_tokens and cache is None and DOCUMENT_ATTENTION.has_kernel_for(kernels, inputs_embeds)
 
 
 def _spans(inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> DocumentSpans | None:

@@ -178,7 +178,7 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         # Masks and angles, made once for all layers, read no values of it.
         whole = self.region.in_mode(self.training).with_whole_sequence(hidden_states)
         # From what the caller gave: a cache made below is empty and changes no mask.
-        mask = causal_mask(self.config, whole, attention_mask, position_ids, past_key_values)
+        mask = causal_mask(self.config, whole, attention_mask, position_ids, past_key_values, self.kernels)
         documents = flash_documents(self.config, whole, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

@@ -59,8 +59,9 @@ def test_triton_is_refused_where_it_cannot_run(make_pair, tokens):
         model.double()(tokens())
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("batch", ["right padding", "packed", "offset positions", "num_items_in_batch"])
-def test_every_kind_of_batch(batch, make_pair, tokens):
+def test_every_kind_of_batch(batch, kernels, make_pair, tokens):
     ids = tokens()
     extra = {"use_cache": False}
     if batch == "right padding":
@@ -72,7 +73,7 @@ def test_every_kind_of_batch(batch, make_pair, tokens):
         extra["position_ids"] = torch.arange(5, 21)[None]
     elif batch == "num_items_in_batch":
         extra["num_items_in_batch"] = torch.tensor(100)
-    assert_same_step(*make_pair(), input_ids=ids, labels=ids, **extra)
+    assert_same_step(*make_pair(kernels=kernels), input_ids=ids, labels=ids, **extra)
 
 
 def test_scaled_positions(make_pair, tokens):

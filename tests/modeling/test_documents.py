@@ -58,7 +58,8 @@ def test_with_recomputation(mode, make_model, tokens):
 
 
 def spans_of(config, attention_mask=None, position_ids=None, cache=None):
-    return causal_mask(config, torch.zeros(2, 8, config.hidden_size), attention_mask, position_ids, cache)
+    states = torch.zeros(2, 8, config.hidden_size)
+    return causal_mask(config, states, attention_mask, position_ids, cache, config.kernels)
 
 
 def test_where_a_kernel_takes_over(make_model):

@@ -17,7 +17,7 @@ def filled_cache(model, tokens):
 
 
 def mask_of(config, attention_mask=None, position_ids=None, cache=None, length=LENGTH):
-    return causal_mask(config, torch.zeros(2, length, config.hidden_size), attention_mask, position_ids, cache)
+    return causal_mask(config, torch.zeros(2, length, config.hidden_size), attention_mask, position_ids, cache, "auto")
 
 
 def test_no_mask_where_is_causal_says_it(make_model, tokens):
