@@ -12,7 +12,7 @@ from neox_hf.kernels.causal_softmax import CAUSAL_SOFTMAX, causal_softmax
 from neox_hf.kernels.column_sums import column_sums
 from neox_hf.kernels.cross_entropy import CROSS_ENTROPY, IGNORE_INDEX, cross_entropy
 from neox_hf.kernels.dispatch import BACKENDS, Backend, Op, describe_choice
-from neox_hf.kernels.document_attention import DOCUMENT_ATTENTION, document_attention
+from neox_hf.kernels.document_attention import DOCUMENT_ATTENTION, document_attention, takes_documents
 from neox_hf.kernels.dual_layer_norm import (
     ADD_DUAL_LAYER_NORM,
     DUAL_LAYER_NORM,
@@ -98,4 +98,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "scale_norm",
+    "takes_documents",
 ]

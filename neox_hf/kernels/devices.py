@@ -15,6 +15,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
+def shared_kilobytes(device: torch.device) -> int:
+    """KiB of shared memory that one program may have; where kernels are interpreted, a Hopper GPU's."""
+    if device.type != "cuda":
+        return 227
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
 def is_elsewhere(x: Tensor) -> bool:
     """Whether x is on a GPU that is not the current one, where Triton would launch its kernel all the same."""
     return x.is_cuda and x.get_device() != torch.cuda.current_device()

@@ -126,6 +126,20 @@ def document_attention_triton(query: Tensor, key: Tensor, value: Tensor, spans: 
     return _DocumentAttention.apply(query, key, value, *spans, scale)
 
 
+LEAST_CAPABILITY = (8, 0)
+"""Of a CUDA device: before Ampere, multiply-and-add of bf16 and TF32 is not to be had, and blocks do not fit."""
+
+
+def takes_documents(backend: str, x: Tensor) -> bool:
+    """Whether the kernel computes tensors like `x`, so that nobody needs a mask."""
+    return DOCUMENT_ATTENTION.has_kernel_for(backend, x) and _is_able(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _is_able(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
 DOCUMENT_ATTENTION = Op("document_attention", torch=document_attention_reference, triton=document_attention_triton)
 
 

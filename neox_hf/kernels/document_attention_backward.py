@@ -15,9 +15,9 @@ from torch import Tensor
 from neox_hf.kernels.document_attention_blocks import (
     LOG2_E,
     BlockLaunch,
+    BlockShape,
     block_constants,
     first_and_behind,
-    launch_shape,
     leading_strides,
     load_kept,
     load_rows,
@@ -151,30 +151,40 @@ def _key_value_gradient_kernel(
     store_rows(of_values + 3 * at, column, heads * 3 * SIZE, sequence, dv, SIZE, WIDTH)
 
 
-def _query_launches(width: int, element_size: int) -> tuple[BlockLaunch, ...]:
-    if element_size == 4 and width <= 64:
+def _query_launches(*shape: int) -> tuple[BlockLaunch, ...]:
+    of_blocks = BlockShape(*shape)
+    return of_blocks.fitting(_query_candidates(of_blocks), lambda launch: (2 * launch.queries, 2 * launch.keys))
+
+
+def _query_candidates(shape: BlockShape) -> tuple[BlockLaunch, ...]:
+    if shape.element_size == 4 and shape.width <= 64:
         return BlockLaunch(32, 32, 4, 1), BlockLaunch(64, 32, 8, 1)
-    if element_size == 4 and width <= 128:
+    if shape.element_size == 4 and shape.width <= 128:
         return BlockLaunch(32, 32, 8, 1), BlockLaunch(32, 16, 4, 1)
-    if element_size == 4:
+    if shape.element_size == 4:
         return BlockLaunch(16, 16, 4, 1), BlockLaunch(16, 16, 8, 1)
-    if width <= 64:
+    if shape.width <= 64:
         return BlockLaunch(64, 64, 4, 3), BlockLaunch(64, 64, 4, 2), BlockLaunch(128, 64, 8, 3)
-    if width <= 128:
+    if shape.width <= 128:
         return BlockLaunch(64, 64, 4, 2), BlockLaunch(64, 32, 4, 3), BlockLaunch(128, 64, 8, 3)
     return BlockLaunch(64, 32, 8, 2), BlockLaunch(32, 32, 4, 2)
 
 
-def _key_value_launches(width: int, element_size: int) -> tuple[BlockLaunch, ...]:
-    if element_size == 4 and width <= 64:
+def _key_value_launches(*shape: int) -> tuple[BlockLaunch, ...]:
+    of_blocks = BlockShape(*shape)
+    return of_blocks.fitting(_key_value_candidates(of_blocks), lambda launch: (2 * launch.keys, 2 * launch.queries))
+
+
+def _key_value_candidates(shape: BlockShape) -> tuple[BlockLaunch, ...]:
+    if shape.element_size == 4 and shape.width <= 64:
         return BlockLaunch(32, 32, 8, 1), BlockLaunch(32, 32, 4, 1)
-    if element_size == 4 and width <= 128:
+    if shape.element_size == 4 and shape.width <= 128:
         return BlockLaunch(16, 32, 8, 1), BlockLaunch(32, 32, 8, 1)
-    if element_size == 4:
+    if shape.element_size == 4:
         return BlockLaunch(16, 16, 8, 1), BlockLaunch(16, 16, 4, 1)
-    if width <= 64:
+    if shape.width <= 64:
         return BlockLaunch(64, 64, 4, 2), BlockLaunch(32, 64, 4, 3), BlockLaunch(64, 128, 8, 2)
-    if width <= 128:
+    if shape.width <= 128:
         return BlockLaunch(32, 64, 4, 3), BlockLaunch(64, 64, 4, 2), BlockLaunch(64, 128, 8, 2)
     return BlockLaunch(32, 32, 4, 1), BlockLaunch(32, 64, 8, 2)
 
@@ -201,7 +211,7 @@ def launch_backward(
     if query.numel() == 0:
         return
     batch, heads, sequence, _ = query.shape
-    shape, strides = launch_shape(query), leading_strides(query, key, value)
+    shape, strides = BlockShape.of(query), leading_strides(query, key, value)
     delta = torch.empty_like(log_sum)
     of_query, of_key, of_value = gradients.unbind(dim=3)
     sizes = scale * LOG2_E, scale, sequence, heads

@@ -3,10 +3,13 @@
 Shapes and names as in `document_attention.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
+from neox_hf.kernels.devices import shared_kilobytes
 from neox_hf.kernels.language import interprets, tl, triton
 
 LOG2_E = 1.4426950408889634
@@ -74,9 +77,36 @@ class BlockLaunch:
     stages: int
 
 
-def launch_shape(query: Tensor) -> tuple[int, int]:
-    """What launches depend on: the head size, rounded up to a power of two, and the bytes of an element."""
-    return max(16, 1 << (query.shape[-1] - 1).bit_length()), query.element_size()
+SMALLEST = BlockLaunch(16, 16, 4, 1)
+SPARE_KILOBYTES = 2
+"""For a block's numbers of rows."""
+
+
+class BlockShape(NamedTuple):
+    """What launches depend on: the head size, rounded up to a power of two, the bytes of an element, and the KiB of
+    shared memory that a program may have."""
+
+    width: int
+    element_size: int
+    kilobytes: int
+
+    @classmethod
+    def of(cls, query: Tensor) -> "BlockShape":
+        width = max(16, 1 << (query.shape[-1] - 1).bit_length())
+        return cls(width, query.element_size(), shared_kilobytes(query.device))
+
+    def fitting(
+        self, launches: Iterable[BlockLaunch], rows: Callable[[BlockLaunch], tuple[int, int]]
+    ) -> tuple[BlockLaunch, ...]:
+        """Those whose blocks fit into shared memory, with as many loaded ahead as do. rows: of [width] that a program
+        holds, and that it loads at a time."""
+        found: dict[BlockLaunch, None] = {}
+        for launch in launches:
+            held, loaded = (count * self.width * self.element_size for count in rows(launch))
+            stages = (1024 * (self.kilobytes - SPARE_KILOBYTES) - held) // loaded
+            if stages > 0:
+                found[replace(launch, stages=min(launch.stages, stages))] = None
+        return tuple(found) or (SMALLEST,)
 
 
 def leading_strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -85,14 +115,14 @@ def leading_strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def block_constants(query: Tensor, launch: BlockLaunch) -> dict[str, int | str]:
-    width, element_size = launch_shape(query)
+    shape = BlockShape.of(query)
     return {
         "SIZE": query.shape[-1],
-        "WIDTH": width,
+        "WIDTH": shape.width,
         "QUERIES": launch.queries,
         "KEYS": launch.keys,
         # fp32 by three products of TF32 each, which are as near: one by one it would not fit into registers.
-        "PRECISION": "ieee" if interprets() else "tf32x3" if element_size == 4 else "tf32",
+        "PRECISION": "ieee" if interprets() else "tf32x3" if shape.element_size == 4 else "tf32",
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }

@@ -12,9 +12,9 @@ from torch import Tensor
 from neox_hf.kernels.document_attention_blocks import (
     LOG2_E,
     BlockLaunch,
+    BlockShape,
     block_constants,
     first_and_behind,
-    launch_shape,
     leading_strides,
     load_kept,
     load_rows,
@@ -89,15 +89,20 @@ def _forward_kernel(
     tl.store(log_sum + row, largest + tl.log2(total), mask=row < sequence)
 
 
-def _launches(width: int, element_size: int) -> tuple[BlockLaunch, ...]:
+def _launches(*shape: int) -> tuple[BlockLaunch, ...]:
+    of_blocks = BlockShape(*shape)
+    return of_blocks.fitting(_candidates(of_blocks), lambda launch: (launch.queries, 2 * launch.keys))
+
+
+def _candidates(shape: BlockShape) -> tuple[BlockLaunch, ...]:
     """Small blocks first: where documents meet every pair is in question, and they are short beside large ones."""
-    if element_size == 4 and width <= 64:
+    if shape.element_size == 4 and shape.width <= 64:
         return BlockLaunch(64, 32, 4, 2), BlockLaunch(32, 32, 4, 2)
-    if element_size == 4 and width <= 128:
+    if shape.element_size == 4 and shape.width <= 128:
         return BlockLaunch(32, 32, 4, 1), BlockLaunch(64, 16, 4, 1)
-    if element_size == 4:
+    if shape.element_size == 4:
         return BlockLaunch(32, 32, 8, 1), BlockLaunch(16, 16, 4, 1)
-    if width <= 128:
+    if shape.width <= 128:
         return BlockLaunch(64, 64, 4, 3), BlockLaunch(128, 64, 8, 3), BlockLaunch(128, 128, 8, 2)
     return BlockLaunch(128, 32, 8, 2), BlockLaunch(64, 32, 4, 2), BlockLaunch(64, 64, 4, 2)
 
@@ -114,7 +119,7 @@ def launch_forward(
     log_sum = query.new_empty(batch, heads, sequence, dtype=torch.float32)
     if query.numel() == 0:
         return output, log_sum
-    launch = FORWARD.chosen(query.device, query.dtype, *launch_shape(query))
+    launch = FORWARD.chosen(query.device, query.dtype, *BlockShape.of(query))
     _forward_kernel[(-(-sequence // launch.queries), batch * heads)](
         query,
         key,

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from neox_hf.kernels import DOCUMENT_ATTENTION
+from neox_hf.kernels import takes_documents
 from neox_hf.kernels.document_spans import DocumentSpans, spans_of_padding, spans_of_positions
 from neox_hf.modeling.configuration import GPTNeoXConfig
 
@@ -76,7 +76,7 @@ def takes_spans(
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True) or config.attention_dropout:
         return False
     of_tokens = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
-    return of_tokens and cache is None and DOCUMENT_ATTENTION.has_kernel_for(kernels, inputs_embeds)
+    return of_tokens and cache is None and takes_documents(kernels, inputs_embeds)
 
 
 def _spans(inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> DocumentSpans | None:

@@ -1,12 +1,16 @@
 """Attention within documents and beside padding, by kernels in Triton's interpreter."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from neox_hf.kernels import document_attention, rotary
+from neox_hf.kernels import document_attention, rotary, takes_documents
+from neox_hf.kernels.document_attention_backward import KEY_VALUE_GRADIENT, QUERY_GRADIENT
+from neox_hf.kernels.document_attention_blocks import SMALLEST
+from neox_hf.kernels.document_attention_forward import FORWARD as FORWARD_LAUNCHES
 from neox_hf.kernels.qkv_gradient import heads
 from neox_hf.modeling.recompute import selective_contexts
 from tests.kernels.document_cases import KINDS, check, spans_and_seen, within, written_out
@@ -130,3 +134,30 @@ def test_arguments_that_do_not_fit_are_refused():
         document_attention(query, key, value, spans, scale=0.0)
     with pytest.raises(ValueError, match="kernels='cuda' is unknown"):
         document_attention(query, key, value, spans, scale=1.0, backend="cuda")
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
+def test_which_devices_it_is_for(capability, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert takes_documents("auto", x) is wanted
+    assert not takes_documents("torch", x)
+    assert not takes_documents("auto", torch.zeros(1))
+
+
+@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+def test_blocks_fit_into_shared_memory(width, element_size, kilobytes):
+    """Those of a consumer's card, of Ampere and of Hopper; what does not fit at all is as small as can be."""
+    for choice, held, loaded in (
+        (FORWARD_LAUNCHES, lambda x: x.queries, lambda x: 2 * x.keys),
+        (QUERY_GRADIENT, lambda x: 2 * x.queries, lambda x: 2 * x.keys),
+        (KEY_VALUE_GRADIENT, lambda x: 2 * x.keys, lambda x: 2 * x.queries),
+    ):
+        launches = choice.candidates(width, element_size, kilobytes)
+        assert launches
+        for launch in launches:
+            taken = (held(launch) + launch.stages * loaded(launch)) * width * element_size
+            assert taken < 1024 * kilobytes or launches == (SMALLEST,)
+            assert launch.stages >= 1
