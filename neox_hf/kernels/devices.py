@@ -20,7 +20,9 @@ def shared_kilobytes(device: torch.device) -> int:
     """KiB of shared memory that one program may have; where kernels are interpreted, a Hopper GPU's."""
     if device.type != "cuda":
         return 227
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    properties = torch.cuda.get_device_properties(device)
+    # What a kernel may ask for beyond the usual is told of NVIDIA's devices only.
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) // 1024
 
 
 def is_elsewhere(x: Tensor) -> bool:
