@@ -55,7 +55,7 @@ def _query_gradient_kernel(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, and delta: of each row the output times its gradient."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     row = begin + tl.arange(0, QUERIES)
     inside = row < sequence
@@ -63,7 +63,7 @@ def _query_gradient_kernel(
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
     q = load_rows(query, row, query_token, sequence, SIZE, WIDTH, True)
-    at, of_head = (batch * sequence * heads + head) * SIZE, tl.program_id(1).to(tl.int64) * sequence
+    at, of_head = (batch * sequence * heads + head) * SIZE, (batch * heads + head) * sequence
     above = load_rows(upstream + at, row, heads * SIZE, sequence, SIZE, WIDTH, True)
     out = load_rows(output + at, row, heads * SIZE, sequence, SIZE, WIDTH, True)
     sums = tl.sum(out.to(tl.float32) * above.to(tl.float32), axis=1)
@@ -119,7 +119,7 @@ def _key_value_gradient_kernel(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and of its values. The first part are the queries at the keys' own places."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * KEYS
     column, own_end = begin + tl.arange(0, KEYS), begin + KEYS
     query += batch * query_batch + head * query_head
@@ -128,7 +128,7 @@ def _key_value_gradient_kernel(
     k = load_rows(key, column, key_token, sequence, SIZE, WIDTH, True)
     v = load_rows(value, column, value_token, sequence, SIZE, WIDTH, True)
     keep = load_kept(kept, batch, column, sequence)
-    at, of_head = (batch * sequence * heads + head) * SIZE, tl.program_id(1).to(tl.int64) * sequence
+    at, of_head = (batch * sequence * heads + head) * SIZE, (batch * heads + head) * sequence
     # Nobody sees keys beyond the sequence, so they say nothing about where all keys are seen.
     last = tl.load(end + batch * sequence + column, mask=column < sequence, other=-1)
     some_seen = tl.max(last, axis=0)
@@ -217,7 +217,7 @@ def launch_backward(
     sizes = scale * LOG2_E, scale, sequence, heads
     launch = QUERY_GRADIENT.chosen(query.device, query.dtype, *shape)
     inputs = upstream, query, key, value
-    _query_gradient_kernel[(-(-sequence // launch.queries), batch * heads)](
+    _query_gradient_kernel[(-(-sequence // launch.queries), heads, batch)](
         *inputs,
         first,
         behind,
@@ -231,6 +231,6 @@ def launch_backward(
         **block_constants(query, launch),
     )
     launch = KEY_VALUE_GRADIENT.chosen(query.device, query.dtype, *shape)
-    _key_value_gradient_kernel[(-(-sequence // launch.keys), batch * heads)](
+    _key_value_gradient_kernel[(-(-sequence // launch.keys), heads, batch)](
         *inputs, end, kept, log_sum, delta, of_key, of_value, *sizes, *strides, **block_constants(query, launch)
     )

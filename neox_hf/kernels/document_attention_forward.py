@@ -56,7 +56,7 @@ def _forward_kernel(
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     # Later queries see more keys on the whole: those begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     row = begin + tl.arange(0, QUERIES)
@@ -85,7 +85,7 @@ def _forward_kernel(
     attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
     output += (batch * sequence * heads + head) * SIZE
     store_rows(output, row, heads * SIZE, sequence, attended, SIZE, WIDTH)
-    log_sum += tl.program_id(1).to(tl.int64) * sequence
+    log_sum += (batch * heads + head) * sequence
     tl.store(log_sum + row, largest + tl.log2(total), mask=row < sequence)
 
 
@@ -120,7 +120,7 @@ def launch_forward(
     if query.numel() == 0:
         return output, log_sum
     launch = FORWARD.chosen(query.device, query.dtype, *BlockShape.of(query))
-    _forward_kernel[(-(-sequence // launch.queries), batch * heads)](
+    _forward_kernel[(-(-sequence // launch.queries), heads, batch)](
         query,
         key,
         value,
