@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neox_hf.kernels.dispatch import Op
-from neox_hf.kernels.document_attention_backward import launch_backward
-from neox_hf.kernels.document_attention_forward import launch_forward
+from neox_hf.kernels.document_attention_backward import document_attn_backward
+from neox_hf.kernels.document_attention_forward import document_attn_forward
 from neox_hf.kernels.document_spans import DocumentSpans
 from neox_hf.kernels.once_differentiable import once_differentiable
-from neox_hf.kernels.qkv_gradient import hand_over, heads, interleaved
-from neox_hf.kernels.registration import register, register_fake
+from neox_hf.kernels.qkv_gradient import hand_over, heads
 
 
 def document_attention_reference(
@@ -37,61 +36,6 @@ def document_attention_reference(
     seen = seen[:, None]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
     return output.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2).contiguous()
-
-
-# The names tell selective recomputation that these are attention, to be kept (modeling/recompute.py).
-@register("document_attn_forward")
-def document_attn_forward(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, behind: Tensor, kept: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output [B, S, N, D] and, fp32, log2 [B, N, S] of each softmax's denominator."""
-    return launch_forward(query, key, value, first, behind, kept, scale)
-
-
-@register_fake(document_attn_forward)
-def _(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, behind: Tensor, kept: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, count, sequence, size = query.shape
-    log_sum = query.new_empty(batch, count, sequence, dtype=torch.float32)
-    return query.new_empty(batch, sequence, count, size), log_sum
-
-
-@register("document_attn_backward")
-def document_attn_backward(
-    upstream: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    behind: Tensor,
-    end: Tensor,
-    kept: Tensor | None,
-    output: Tensor,
-    log_sum: Tensor,
-    scale: float,
-) -> Tensor:
-    """Gradients of query, key and value, interleaved in one [B, S, N, 3, D]."""
-    buffer = interleaved(query)
-    launch_backward(upstream.contiguous(), query, key, value, first, behind, end, kept, output, log_sum, scale, buffer)
-    return buffer
-
-
-@register_fake(document_attn_backward)
-def _(
-    upstream: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    behind: Tensor,
-    end: Tensor,
-    kept: Tensor | None,
-    output: Tensor,
-    log_sum: Tensor,
-    scale: float,
-) -> Tensor:
-    return interleaved(query)
 
 
 class _DocumentAttention(torch.autograd.Function):

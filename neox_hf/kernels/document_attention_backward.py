@@ -17,15 +17,19 @@ from neox_hf.kernels.document_attention_blocks import (
     BlockLaunch,
     BlockShape,
     block_constants,
-    first_and_behind,
+    fitting,
     leading_strides,
     load_kept,
     load_rows,
+    part_between,
     product,
+    spans_of_queries,
     store_rows,
 )
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.launch_choice import LaunchChoice
+from neox_hf.kernels.qkv_gradient import interleaved
+from neox_hf.kernels.registration import register, register_fake
 
 
 @triton.jit
@@ -70,17 +74,12 @@ def _query_gradient_kernel(
     tl.store(delta + of_head + row, sums, mask=inside)
     logs = tl.load(log_sum + of_head + row, mask=inside, other=0.0)
     span = batch * sequence
-    own_first, own_behind, some_see, all_see, not_all_see, none_see = first_and_behind(
+    own_first, own_behind, some_see, all_see, not_all_see, none_see = spans_of_queries(
         first + span, behind + span, row, begin, sequence, KEYS
     )
     dq = tl.zeros([QUERIES, WIDTH], tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            low, high = some_see, all_see
-        elif part == 1:
-            low, high = all_see, not_all_see
-        else:
-            low, high = not_all_see, none_see
+        low, high = part_between(part, some_see, all_see, not_all_see, none_see)
         dq = _through_keys(
             dq, q, above, logs, sums, own_first, own_behind, key, value, kept, key_token, value_token, batch, sequence,
             scale, low, high, SIZE, WIDTH, KEYS, part != 1 or kept is not None, PRECISION,
@@ -136,12 +135,7 @@ def _key_value_gradient_kernel(
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            low, high = begin, tl.minimum(own_end, some_seen)
-        elif part == 1:
-            low, high = own_end, all_seen
-        else:
-            low, high = all_seen, some_seen
+        low, high = part_between(part, begin, own_end, all_seen, some_seen)
         dk, dv = _through_queries(
             dk, dv, k, v, column, last, keep, upstream + at, query, log_sum + of_head,
             delta + of_head, heads * SIZE, query_token, sequence, scale, low, high,
@@ -151,49 +145,38 @@ def _key_value_gradient_kernel(
     store_rows(of_values + 3 * at, column, heads * 3 * SIZE, sequence, dv, SIZE, WIDTH)
 
 
-def _query_launches(*shape: int) -> tuple[BlockLaunch, ...]:
-    of_blocks = BlockShape(*shape)
-    return of_blocks.fitting(_query_candidates(of_blocks), lambda launch: (2 * launch.queries, 2 * launch.keys))
+QUERY_GRADIENT = LaunchChoice(
+    "document_attention_of_queries",
+    fitting(
+        {
+            (2, 64): (BlockLaunch(64, 64, 4, 3), BlockLaunch(64, 64, 4, 2), BlockLaunch(128, 64, 8, 3)),
+            (2, 128): (BlockLaunch(64, 64, 4, 2), BlockLaunch(64, 32, 4, 3), BlockLaunch(128, 64, 8, 3)),
+            (2, 256): (BlockLaunch(64, 32, 8, 2), BlockLaunch(32, 32, 4, 2)),
+            (4, 64): (BlockLaunch(32, 32, 4, 1), BlockLaunch(64, 32, 8, 1)),
+            (4, 128): (BlockLaunch(32, 32, 8, 1), BlockLaunch(32, 16, 4, 1)),
+            (4, 256): (BlockLaunch(16, 16, 4, 1), BlockLaunch(16, 16, 8, 1)),
+        },
+        lambda launch: (2 * launch.queries, 2 * launch.keys),
+    ),
+)
+KEY_VALUE_GRADIENT = LaunchChoice(
+    "document_attention_of_keys",
+    fitting(
+        {
+            (2, 64): (BlockLaunch(64, 64, 4, 2), BlockLaunch(32, 64, 4, 3), BlockLaunch(64, 128, 8, 2)),
+            (2, 128): (BlockLaunch(32, 64, 4, 3), BlockLaunch(64, 64, 4, 2), BlockLaunch(64, 128, 8, 2)),
+            (2, 256): (BlockLaunch(32, 32, 4, 1), BlockLaunch(32, 64, 8, 2)),
+            (4, 64): (BlockLaunch(32, 32, 8, 1), BlockLaunch(32, 32, 4, 1)),
+            (4, 128): (BlockLaunch(16, 32, 8, 1), BlockLaunch(32, 32, 8, 1)),
+            (4, 256): (BlockLaunch(16, 16, 8, 1), BlockLaunch(16, 16, 4, 1)),
+        },
+        lambda launch: (2 * launch.keys, 2 * launch.queries),
+    ),
+)
 
 
-def _query_candidates(shape: BlockShape) -> tuple[BlockLaunch, ...]:
-    if shape.element_size == 4 and shape.width <= 64:
-        return BlockLaunch(32, 32, 4, 1), BlockLaunch(64, 32, 8, 1)
-    if shape.element_size == 4 and shape.width <= 128:
-        return BlockLaunch(32, 32, 8, 1), BlockLaunch(32, 16, 4, 1)
-    if shape.element_size == 4:
-        return BlockLaunch(16, 16, 4, 1), BlockLaunch(16, 16, 8, 1)
-    if shape.width <= 64:
-        return BlockLaunch(64, 64, 4, 3), BlockLaunch(64, 64, 4, 2), BlockLaunch(128, 64, 8, 3)
-    if shape.width <= 128:
-        return BlockLaunch(64, 64, 4, 2), BlockLaunch(64, 32, 4, 3), BlockLaunch(128, 64, 8, 3)
-    return BlockLaunch(64, 32, 8, 2), BlockLaunch(32, 32, 4, 2)
-
-
-def _key_value_launches(*shape: int) -> tuple[BlockLaunch, ...]:
-    of_blocks = BlockShape(*shape)
-    return of_blocks.fitting(_key_value_candidates(of_blocks), lambda launch: (2 * launch.keys, 2 * launch.queries))
-
-
-def _key_value_candidates(shape: BlockShape) -> tuple[BlockLaunch, ...]:
-    if shape.element_size == 4 and shape.width <= 64:
-        return BlockLaunch(32, 32, 8, 1), BlockLaunch(32, 32, 4, 1)
-    if shape.element_size == 4 and shape.width <= 128:
-        return BlockLaunch(16, 32, 8, 1), BlockLaunch(32, 32, 8, 1)
-    if shape.element_size == 4:
-        return BlockLaunch(16, 16, 8, 1), BlockLaunch(16, 16, 4, 1)
-    if shape.width <= 64:
-        return BlockLaunch(64, 64, 4, 2), BlockLaunch(32, 64, 4, 3), BlockLaunch(64, 128, 8, 2)
-    if shape.width <= 128:
-        return BlockLaunch(32, 64, 4, 3), BlockLaunch(64, 64, 4, 2), BlockLaunch(64, 128, 8, 2)
-    return BlockLaunch(32, 32, 4, 1), BlockLaunch(32, 64, 8, 2)
-
-
-QUERY_GRADIENT = LaunchChoice("document_attention_of_queries", _query_launches)
-KEY_VALUE_GRADIENT = LaunchChoice("document_attention_of_keys", _key_value_launches)
-
-
-def launch_backward(
+@register("document_attn_backward")
+def document_attn_backward(
     upstream: Tensor,
     query: Tensor,
     key: Tensor,
@@ -205,18 +188,18 @@ def launch_backward(
     output: Tensor,
     log_sum: Tensor,
     scale: float,
-    gradients: Tensor,
-) -> None:
-    """Gradients of query, key and value into the contiguous [B, S, N, 3, D]."""
+) -> Tensor:
+    """Gradients of query, key and value, interleaved in one [B, S, N, 3, D]."""
+    gradients = interleaved(query)
     if query.numel() == 0:
-        return
+        return gradients
     batch, heads, sequence, _ = query.shape
     shape, strides = BlockShape.of(query), leading_strides(query, key, value)
     delta = torch.empty_like(log_sum)
     of_query, of_key, of_value = gradients.unbind(dim=3)
     sizes = scale * LOG2_E, scale, sequence, heads
     launch = QUERY_GRADIENT.chosen(query.device, query.dtype, *shape)
-    inputs = upstream, query, key, value
+    inputs = upstream.contiguous(), query, key, value
     _query_gradient_kernel[(-(-sequence // launch.queries), heads, batch)](
         *inputs,
         first,
@@ -234,3 +217,21 @@ def launch_backward(
     _key_value_gradient_kernel[(-(-sequence // launch.keys), heads, batch)](
         *inputs, end, kept, log_sum, delta, of_key, of_value, *sizes, *strides, **block_constants(query, launch)
     )
+    return gradients
+
+
+@register_fake(document_attn_backward)
+def _(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    behind: Tensor,
+    end: Tensor,
+    kept: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    scale: float,
+) -> Tensor:
+    return interleaved(query)

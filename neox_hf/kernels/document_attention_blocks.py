@@ -3,7 +3,7 @@
 Shapes and names as in `document_attention.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -44,9 +44,9 @@ def store_rows(x, token, stride, sequence, rows, SIZE: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def first_and_behind(first, behind, row, begin, sequence, KEYS: tl.constexpr):
-    """Of a block of queries, row by row the span of keys; and where, in blocks of KEYS, one query and all begin to see
-    keys, where not all do any more, and where none does."""
+def spans_of_queries(first, behind, row, begin, sequence, KEYS: tl.constexpr):
+    """Of a block of queries: each one's span of keys; and, in blocks of KEYS, the places from which some of them see
+    keys, from which all do, from which not all do any more, and from which none does."""
     inside = row < sequence
     own_first = tl.load(first + row, mask=inside, other=0)
     own_behind = tl.load(behind + row, mask=inside, other=0)
@@ -54,6 +54,18 @@ def first_and_behind(first, behind, row, begin, sequence, KEYS: tl.constexpr):
     not_all_see = tl.load(behind + begin) // KEYS * KEYS
     all_see = tl.minimum(tl.cdiv(tl.max(own_first, axis=0), KEYS) * KEYS, not_all_see)
     return own_first, own_behind, some_see, all_see, not_all_see, tl.max(own_behind, axis=0)
+
+
+@triton.jit
+def part_between(PART: tl.constexpr, first, second, third, fourth):
+    """From where to where the first, the second or the third part goes."""
+    if PART == 0:
+        low, high = first, second
+    elif PART == 1:
+        low, high = second, third
+    else:
+        low, high = third, fourth
+    return low, high
 
 
 @triton.jit
@@ -95,18 +107,33 @@ class BlockShape(NamedTuple):
         width = max(16, 1 << (query.shape[-1] - 1).bit_length())
         return cls(width, query.element_size(), shared_kilobytes(query.device))
 
-    def fitting(
-        self, launches: Iterable[BlockLaunch], rows: Callable[[BlockLaunch], tuple[int, int]]
-    ) -> tuple[BlockLaunch, ...]:
-        """Those whose blocks fit into shared memory, with as many loaded ahead as do. rows: of [width] that a program
-        holds, and that it loads at a time."""
-        found: dict[BlockLaunch, None] = {}
-        for launch in launches:
-            held, loaded = (count * self.width * self.element_size for count in rows(launch))
-            stages = (1024 * (self.kilobytes - SPARE_KILOBYTES) - held) // loaded
+    @property
+    def kind(self) -> tuple[int, int]:
+        """By which candidates are listed: bytes of an element, and the width up to which they are meant."""
+        return self.element_size, 64 if self.width <= 64 else 128 if self.width <= 128 else 256
+
+
+Candidates = Mapping[tuple[int, int], tuple[BlockLaunch, ...]]
+
+
+def fitting(
+    candidates: Candidates, rows: Callable[[BlockLaunch], tuple[int, int]]
+) -> Callable[..., tuple[BlockLaunch, ...]]:
+    """The candidates of a `BlockShape` whose blocks fit into shared memory, with as many loaded ahead as do.
+
+    rows: of [width] that a program holds, and that it loads at a time.
+    """
+
+    def launches(*shape: int) -> tuple[BlockLaunch, ...]:
+        of_blocks, found = BlockShape(*shape), dict.fromkeys(())
+        for launch in candidates[of_blocks.kind]:
+            held, loaded = (count * of_blocks.width * of_blocks.element_size for count in rows(launch))
+            stages = (1024 * (of_blocks.kilobytes - SPARE_KILOBYTES) - held) // loaded
             if stages > 0:
                 found[replace(launch, stages=min(launch.stages, stages))] = None
         return tuple(found) or (SMALLEST,)
+
+    return launches
 
 
 def leading_strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -14,15 +14,18 @@ from neox_hf.kernels.document_attention_blocks import (
     BlockLaunch,
     BlockShape,
     block_constants,
-    first_and_behind,
+    fitting,
     leading_strides,
     load_kept,
     load_rows,
+    part_between,
     product,
+    spans_of_queries,
     store_rows,
 )
 from neox_hf.kernels.language import tl, triton
 from neox_hf.kernels.launch_choice import LaunchChoice
+from neox_hf.kernels.registration import register, register_fake
 
 
 @triton.jit
@@ -65,19 +68,14 @@ def _forward_kernel(
     value += batch * value_batch + head * value_head
     q = load_rows(query, row, query_token, sequence, SIZE, WIDTH, True)
     at = batch * sequence
-    own_first, own_behind, some_see, all_see, not_all_see, none_see = first_and_behind(
+    own_first, own_behind, some_see, all_see, not_all_see, none_see = spans_of_queries(
         first + at, behind + at, row, begin, sequence, KEYS
     )
     total = tl.zeros([QUERIES], tl.float32)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
     attended = tl.zeros([QUERIES, WIDTH], tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            low, high = some_see, all_see
-        elif part == 1:
-            low, high = all_see, not_all_see
-        else:
-            low, high = not_all_see, none_see
+        low, high = part_between(part, some_see, all_see, not_all_see, none_see)
         total, largest, attended = _attend(
             total, largest, attended, q, own_first, own_behind, key, value, kept, key_token, value_token, batch,
             sequence, scale, low, high, SIZE, WIDTH, KEYS, part != 1 or kept is not None, PRECISION,
@@ -89,28 +87,26 @@ def _forward_kernel(
     tl.store(log_sum + row, largest + tl.log2(total), mask=row < sequence)
 
 
-def _launches(*shape: int) -> tuple[BlockLaunch, ...]:
-    of_blocks = BlockShape(*shape)
-    return of_blocks.fitting(_candidates(of_blocks), lambda launch: (launch.queries, 2 * launch.keys))
+# Small blocks first: where documents meet every pair is in question, and they are short beside large ones.
+FORWARD = LaunchChoice(
+    "document_attention_forward",
+    fitting(
+        {
+            (2, 64): (BlockLaunch(64, 64, 4, 3), BlockLaunch(128, 64, 8, 3), BlockLaunch(128, 128, 8, 2)),
+            (2, 128): (BlockLaunch(64, 64, 4, 3), BlockLaunch(128, 64, 8, 3), BlockLaunch(128, 128, 8, 2)),
+            (2, 256): (BlockLaunch(128, 32, 8, 2), BlockLaunch(64, 32, 4, 2), BlockLaunch(64, 64, 4, 2)),
+            (4, 64): (BlockLaunch(64, 32, 4, 2), BlockLaunch(32, 32, 4, 2)),
+            (4, 128): (BlockLaunch(32, 32, 4, 1), BlockLaunch(64, 16, 4, 1)),
+            (4, 256): (BlockLaunch(32, 32, 8, 1), BlockLaunch(16, 16, 4, 1)),
+        },
+        lambda launch: (launch.queries, 2 * launch.keys),
+    ),
+)
 
 
-def _candidates(shape: BlockShape) -> tuple[BlockLaunch, ...]:
-    """Small blocks first: where documents meet every pair is in question, and they are short beside large ones."""
-    if shape.element_size == 4 and shape.width <= 64:
-        return BlockLaunch(64, 32, 4, 2), BlockLaunch(32, 32, 4, 2)
-    if shape.element_size == 4 and shape.width <= 128:
-        return BlockLaunch(32, 32, 4, 1), BlockLaunch(64, 16, 4, 1)
-    if shape.element_size == 4:
-        return BlockLaunch(32, 32, 8, 1), BlockLaunch(16, 16, 4, 1)
-    if shape.width <= 128:
-        return BlockLaunch(64, 64, 4, 3), BlockLaunch(128, 64, 8, 3), BlockLaunch(128, 128, 8, 2)
-    return BlockLaunch(128, 32, 8, 2), BlockLaunch(64, 32, 4, 2), BlockLaunch(64, 64, 4, 2)
-
-
-FORWARD = LaunchChoice("document_attention_forward", _launches)
-
-
-def launch_forward(
+# The name tells selective recomputation that this is attention, to be kept (modeling/recompute.py).
+@register("document_attn_forward")
+def document_attn_forward(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, behind: Tensor, kept: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [B, S, N, D] and, fp32 [B, N, S], log2 of each softmax's denominator, -inf where nothing is seen."""
@@ -136,3 +132,12 @@ def launch_forward(
         **block_constants(query, launch),
     )
     return output, log_sum
+
+
+@register_fake(document_attn_forward)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, behind: Tensor, kept: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, sequence, size = query.shape
+    log_sum = query.new_empty(batch, heads, sequence, dtype=torch.float32)
+    return query.new_empty(batch, sequence, heads, size), log_sum

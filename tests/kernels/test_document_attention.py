@@ -1,16 +1,14 @@
 """Attention within documents and beside padding, by kernels in Triton's interpreter."""
 
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from neox_hf.kernels import document_attention, rotary, takes_documents
+from neox_hf.kernels import document_attention, document_attention_forward, rotary, takes_documents
 from neox_hf.kernels.document_attention_backward import KEY_VALUE_GRADIENT, QUERY_GRADIENT
 from neox_hf.kernels.document_attention_blocks import SMALLEST
-from neox_hf.kernels.document_attention_forward import FORWARD as FORWARD_LAUNCHES
 from neox_hf.kernels.qkv_gradient import heads
 from neox_hf.modeling.recompute import selective_contexts
 from tests.kernels.document_cases import KINDS, check, spans_and_seen, within, written_out
@@ -82,9 +80,14 @@ def test_gradients_go_back_in_one_buffer():
 def test_is_kept_by_selective_recomputation(how, monkeypatch):
     spans, _ = spans_and_seen("documents", 2, 20, "cpu")
     inputs = [torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3)]
-    calls, module = [], import_module("neox_hf.kernels.document_attention")
-    launch = module.launch_forward
-    monkeypatch.setattr(module, "launch_forward", lambda *args: calls.append(1) or launch(*args))
+    kernel, calls = document_attention_forward._forward_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            calls.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(document_attention_forward, "_forward_kernel", Counted())
     attend = within(spans)
     checkpoint(lambda *x: attend(*x, 0.3), *inputs, use_reentrant=False, **how).sum().backward()
     assert len(calls) == (1 if how else 2)
@@ -151,7 +154,7 @@ def test_which_devices_it_is_for(capability, wanted, monkeypatch):
 def test_blocks_fit_into_shared_memory(width, element_size, kilobytes):
     """Those of a consumer's card, of Ampere and of Hopper; what does not fit at all is as small as can be."""
     for choice, held, loaded in (
-        (FORWARD_LAUNCHES, lambda x: x.queries, lambda x: 2 * x.keys),
+        (document_attention_forward.FORWARD, lambda x: x.queries, lambda x: 2 * x.keys),
         (QUERY_GRADIENT, lambda x: 2 * x.queries, lambda x: 2 * x.keys),
         (KEY_VALUE_GRADIENT, lambda x: 2 * x.keys, lambda x: 2 * x.queries),
     ):
