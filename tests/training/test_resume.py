@@ -74,14 +74,17 @@ def test_skipped_steps_are_counted_on(runs):
     assert "makes 4 in a row" in runs.message("skipping")
 
 
-def test_kernels_may_change(runs):
+@pytest.mark.parametrize("documents", ["true", "false"])
+def test_kernels_may_change(documents, runs):
     """The same checkpoint, the same curve: three steps by kernels, in Triton's interpreter, and the rest by torch."""
     options = ["model.hidden_dropout=0", "model.attention_dropout=0"]  # whose masks differ
+    options += [f"data.document_mask={documents}"]  # by torch with a mask of pairs
     stopped = {"prepare": signal_self, "number": signal.SIGTERM, "at_step": 2, "on_rank": 0}
-    assert runs.run("torch", "model.kernels=torch", *options) == [0], runs.message("torch")
-    assert runs.run("both", "model.kernels=triton", *options, **stopped) == [143], runs.message("both")
-    assert runs.run("both", "model.kernels=torch", *options) == [0], runs.message("both")
-    by_torch, by_both = (losses_of(runs, name) for name in ("torch", "both"))
+    torch_alone, both = (f"{name}, documents {documents}" for name in ("torch", "both"))
+    assert runs.run(torch_alone, "model.kernels=torch", *options) == [0], runs.message(torch_alone)
+    assert runs.run(both, "model.kernels=triton", *options, **stopped) == [143], runs.message(both)
+    assert runs.run(both, "model.kernels=torch", *options) == [0], runs.message(both)
+    by_torch, by_both = (losses_of(runs, name) for name in (torch_alone, both))
     assert len(by_torch) == 8
     assert by_both == pytest.approx(by_torch, rel=1e-5)
 
