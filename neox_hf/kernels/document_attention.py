@@ -26,7 +26,7 @@ from neox_hf.kernels.qkv_gradient import hand_over, heads
 
 
 def document_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scale: float
+    query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Through `scaled_dot_product_attention` with the mask [B, 1, S, S] written out."""
     place = torch.arange(query.shape[2], device=query.device)
@@ -34,7 +34,7 @@ def document_attention_reference(
     if spans.kept is not None:
         seen = seen & spans.kept[:, None, :]
     seen = seen[:, None]
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout, scale=scale)
     return output.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2).contiguous()
 
 
@@ -67,30 +67,45 @@ class _DocumentAttention(torch.autograd.Function):
 
 def document_attention_triton(query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scale: float) -> Tensor:
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    spans = (None if places is None else places.contiguous() for places in spans)
     return _DocumentAttention.apply(query, key, value, *spans, scale)
 
+
+LARGEST_HEAD = 256
+"""Beyond it blocks fit into no device's shared memory, or into few."""
 
 LEAST_CAPABILITY = (8, 0)
 """Of a CUDA device: before Ampere, multiply-and-add of bf16 and TF32 is not to be had, and blocks do not fit."""
 
 
-def takes_documents(backend: str, x: Tensor) -> bool:
-    """Whether the kernel computes tensors like `x`, so that nobody needs a mask."""
-    return DOCUMENT_ATTENTION.has_kernel_for(backend, x) and _is_able(x.device)
+def takes_documents(backend: str, x: Tensor, head_size: int) -> bool:
+    """Whether the kernel computes heads of such a size in tensors like `x`, so that nobody needs a mask."""
+    return DOCUMENT_ATTENTION.has_kernel_for(backend, x) and head_size <= LARGEST_HEAD and _is_able(x.device)
 
 
 @torch.compiler.assume_constant_result
 def _is_able(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 DOCUMENT_ATTENTION = Op("document_attention", torch=document_attention_reference, triton=document_attention_triton)
 
 
 def document_attention(
-    query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, *, scale: float, backend: str = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: DocumentSpans,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of query, key and value [B, N, S, D], each token within its span: [B, S, N, D].
+
+    dropout: probability for a weight to be dropped; above 0 torch's SDPA computes it, with a mask.
 
     Raises:
         ValueError: shapes differ, the spans are of another batch, the scale is not above 0, or no such backend.
@@ -103,4 +118,6 @@ def document_attention(
         )
     if not scale > 0:
         raise ValueError(f"document attention was given scale={scale}; it wants one above 0")
+    if dropout > 0:
+        return document_attention_reference(query, key, value, spans, scale, dropout)
     return DOCUMENT_ATTENTION.choose(backend, query)(query, key, value, spans, scale)

@@ -59,7 +59,7 @@ def _query_gradient_kernel(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, and delta: of each row the output times its gradient."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     row = begin + tl.arange(0, QUERIES)
     inside = row < sequence
@@ -118,7 +118,7 @@ def _key_value_gradient_kernel(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and of its values. The first part are the queries at the keys' own places."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * KEYS
     column, own_end = begin + tl.arange(0, KEYS), begin + KEYS
     query += batch * query_batch + head * query_head

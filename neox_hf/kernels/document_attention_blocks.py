@@ -119,9 +119,10 @@ Candidates = Mapping[tuple[int, int], tuple[BlockLaunch, ...]]
 def fitting(
     candidates: Candidates, rows: Callable[[BlockLaunch], tuple[int, int]]
 ) -> Callable[..., tuple[BlockLaunch, ...]]:
-    """The candidates of a `BlockShape` whose blocks fit into shared memory, with as many loaded ahead as do.
+    """The candidates of a `BlockShape` whose rows fit into shared memory, with as many loaded ahead as do.
 
-    rows: of [width] that a program holds, and that it loads at a time.
+    What a compiler wants besides is not counted: the defaults have it on devices with 99 KiB, of others the tuner finds
+    out. rows: of [width] that a program holds, and that it loads at a time.
     """
 
     def launches(*shape: int) -> tuple[BlockLaunch, ...]:

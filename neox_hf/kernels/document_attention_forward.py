@@ -59,7 +59,7 @@ def _forward_kernel(
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     # Later queries see more keys on the whole: those begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     row = begin + tl.arange(0, QUERIES)

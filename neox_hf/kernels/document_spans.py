@@ -39,20 +39,20 @@ def spans_of_positions(position_ids: Tensor) -> DocumentSpans:
     return DocumentSpans(first, (place + 1).expand_as(first).contiguous(), end)
 
 
-def spans_of_padding(kept: Tensor) -> DocumentSpans | None:
+def spans_of_padding(kept: Tensor, *, may_wait: bool = True) -> DocumentSpans | None:
     """Of rows of tokens, kept bool [B, S], and padding; None where there is none.
 
-    Padding before the first token and after the last lies outside of all spans. To know whether that is all, the host
-    waits for the device, as transformers does; but not while a compiler traces.
+    Padding before the first token and after the last lies outside of all spans. Whether that is all, and whether there
+    is any, the host learns by waiting for the device; where it may not (`may_wait`), spans are made for the worst case.
     """
-    length = kept.shape[-1]
+    length, kept = kept.shape[-1], kept.contiguous()
     before, after = kept.cumsum(-1) == 0, kept.flip(-1).cumsum(-1).flip(-1) == 0
     place = torch.arange(length, dtype=torch.int32, device=kept.device)
     first = before.sum(-1, keepdim=True, dtype=torch.int32).expand(-1, length).contiguous()
     behind = torch.minimum(place + 1, length - after.sum(-1, keepdim=True, dtype=torch.int32))
     outside = before | after
     spans = DocumentSpans(first, behind, torch.where(outside, place, length))
-    if torch.compiler.is_compiling():
+    if not may_wait:
         return spans._replace(kept=kept)
     any_outside, any_between = torch.stack((outside.any(), (~(kept | outside)).any())).tolist()
     if any_between:

@@ -118,10 +118,18 @@ def plain_causal_attention(
 
 
 def within_documents(
-    module: GPTNeoXAttention, query: Tensor, key: Tensor, value: Tensor, spans: DocumentSpans, scaling: float, **_: Any
+    module: GPTNeoXAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: DocumentSpans,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """`kernels.document_attention` in that signature."""
-    return document_attention(query, key, value, spans, scale=scaling, backend=module.kernels), None
+    backend = module.kernels
+    return document_attention(query, key, value, spans, scale=scaling, dropout=dropout, backend=backend), None
 
 
 def eager_attention(

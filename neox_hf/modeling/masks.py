@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.import_utils import is_tracing
 
 from neox_hf.kernels import takes_documents
 from neox_hf.kernels.document_spans import DocumentSpans, spans_of_padding, spans_of_positions
@@ -75,14 +76,18 @@ def takes_spans(
     and without dropout."""
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True) or config.attention_dropout:
         return False
-    of_tokens = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
-    return of_tokens and cache is None and takes_documents(kernels, inputs_embeds)
+    of_tokens = isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
+    if cache is not None or not (attention_mask is None or of_tokens):
+        return False
+    return takes_documents(kernels, inputs_embeds, config.hidden_size // config.num_attention_heads)
 
 
 def _spans(inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> DocumentSpans | None:
-    """As transformers reads them: positions tell documents apart where there is no attention mask."""
+    """As transformers reads them: positions tell documents apart where there is no attention mask, and the host waits
+    for values of one where nobody traces or captures."""
     if attention_mask is not None:
-        return spans_of_padding(attention_mask.to(inputs_embeds.device) != 0)
+        kept = attention_mask.to(inputs_embeds.device) != 0
+        return spans_of_padding(kept, may_wait=not is_tracing(kept))
     return spans_of_positions(position_ids.to(inputs_embeds.device).expand(inputs_embeds.shape[0], -1))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from neox_hf.errors import RecipeError
+from neox_hf.kernels import takes_documents
 from neox_hf.modeling.accounting import rank_parameters
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.mlp import GELU_FORMS
@@ -100,8 +101,10 @@ def _stepped(recipe: Recipe, config: GPTNeoXConfig, precision: Precision) -> int
 
 
 def _keeps_documents_apart(recipe: Recipe, config: GPTNeoXConfig) -> bool:
-    by_kernel = recipe.model.attn_implementation in (None, "sdpa") and config.kernels != "torch"
-    return recipe.data.document_mask and by_kernel and not config.attention_dropout
+    if not recipe.data.document_mask or config.attention_dropout or config.kernels == "torch":
+        return False
+    here = torch.empty(0, device="cuda" if torch.cuda.is_available() else "meta")
+    return recipe.model.attn_implementation in (None, "sdpa") and takes_documents("triton", here, config.head_size)
 
 
 def _config(recipe: Recipe) -> GPTNeoXConfig:

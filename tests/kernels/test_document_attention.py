@@ -64,6 +64,22 @@ def test_inputs_of_any_strides():
         torch.testing.assert_close(a, b)
 
 
+def test_spans_of_any_strides():
+    spans, _ = spans_and_seen("holes", 2, 40, "cpu")
+    strided = type(spans)(*(places.t().contiguous().t() for places in spans))
+    query, key, value = torch.randn(3, 2, 3, 40, 8).unbind()
+    a, b = (document_attention(query, key, value, each, scale=0.3, backend="triton") for each in (spans, strided))
+    assert torch.equal(a, b)
+
+
+def test_dropout_drops():
+    spans, _ = spans_and_seen("documents", 2, 40, "cpu")
+    query, key, _ = torch.randn(3, 2, 3, 40, 8).unbind()
+    ones = torch.ones_like(query)
+    assert torch.allclose(document_attention(query, key, ones, spans, scale=1.0, backend="triton"), torch.ones(()))
+    assert document_attention(query, key, ones, spans, scale=1.0, dropout=0.5, backend="triton").std() > 0.1
+
+
 def test_gradients_go_back_in_one_buffer():
     spans, _ = spans_and_seen("documents", 2, 20, "cpu")
     angles = torch.rand(2, 1, 20, 4)
@@ -139,13 +155,23 @@ def test_arguments_that_do_not_fit_are_refused():
         document_attention(query, key, value, spans, scale=1.0, backend="cuda")
 
 
-@pytest.mark.parametrize(("capability", "wanted"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
-def test_which_devices_it_is_for(capability, wanted, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "hip", "size", "wanted"),
+    [
+        ((9, 0), None, 128, True),
+        ((8, 0), None, 256, True),
+        ((7, 5), None, 64, False),
+        ((9, 4), "6.4", 64, False),
+        ((9, 0), None, 512, False),
+    ],
+)
+def test_what_it_is_for(capability, hip, size, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    assert takes_documents("auto", x) is wanted
-    assert not takes_documents("torch", x)
-    assert not takes_documents("auto", torch.zeros(1))
+    assert takes_documents("auto", x, size) is wanted
+    assert not takes_documents("torch", x, size)
+    assert not takes_documents("auto", torch.zeros(1), size)
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])

@@ -53,6 +53,15 @@ def test_padding_between_tokens_is_passed_over():
 
 def test_no_padding_is_no_spans():
     assert spans_of_padding(torch.ones(2, 5, dtype=torch.bool)) is None
+    assert spans_of_padding(torch.ones(2, 5, dtype=torch.bool), may_wait=False).kept.all()
+
+
+def test_they_lie_as_kernels_read_them():
+    kept = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]]).bool().t().contiguous().t()
+    assert not kept.is_contiguous()
+    assert all(places.is_contiguous() for places in spans_of_padding(kept))
+    positions = torch.arange(5)[None].expand(3, -1)
+    assert all(places.is_contiguous() for places in spans_of_positions(positions)[:3])
 
 
 def test_nothing_but_padding():
@@ -61,9 +70,9 @@ def test_nothing_but_padding():
     assert spans.end.tolist() == [[0, 1, 2]]
 
 
-def test_a_compiler_reads_no_values():
+def test_where_nobody_may_wait_no_value_is_read():
     kept = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]]).bool()
-    compiled = torch.compile(lambda x: spans_of_padding(x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: spans_of_padding(x, may_wait=False), fullgraph=True, backend="aot_eager")
     spans, wanted = compiled(kept), spans_of_padding(kept)
     assert torch.equal(spans.first, wanted.first)
     assert torch.equal(spans.behind, wanted.behind)

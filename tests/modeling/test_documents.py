@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from neox_hf.kernels.document_spans import DocumentSpans
@@ -18,9 +19,10 @@ def given(kind):
         rows = [[*range(13), *range(27)], [*range(LENGTH - 1), 0]]
         return {"position_ids": torch.tensor(rows)}, counted
     counted[0, : LENGTH // 3] = False
-    if kind == "padding with holes":
+    if kind != "padding":
         counted[1, 5:9] = False
-    return {"attention_mask": counted.long()}, counted
+    mask = counted.long()
+    return {"attention_mask": mask.t().contiguous().t() if kind == "transposed padding" else mask}, counted
 
 
 def loss_and_gradients(model, ids, arguments, counted):
@@ -30,7 +32,7 @@ def loss_and_gradients(model, ids, arguments, counted):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["documents", "padding", "padding with holes"])
+@pytest.mark.parametrize("kind", ["documents", "padding", "padding with holes", "transposed padding"])
 def test_loss_and_gradients_are_those_under_a_mask(kind, training, make_model, tokens):
     arguments, counted = given(kind)
     ids = tokens(length=LENGTH)
@@ -82,21 +84,48 @@ def test_where_a_kernel_takes_over(make_model):
     assert torch.Tensor in kind(cache=True)
 
 
-def test_what_is_given_as_a_mask_of_pairs_stays_one(make_model):
+def test_a_mask_of_another_shape_stays_transformers_matter(make_model):
     config = make_model(kernels="triton").config
     pairs = torch.zeros(2, 1, 8, 8)
     assert spans_of(config, attention_mask=pairs) is pairs
+    longer = torch.cat((torch.ones(2, 8), torch.zeros(2, 4)), dim=1)  # padded to a length that is not there yet
+    assert spans_of(config, attention_mask=longer) is None
+
+
+@pytest.mark.parametrize("kind", ["documents", "padding"])
+def test_dropout_of_the_layers_alone(kind, make_model, tokens):
+    """What the configuration does not say: then torch drops, under a mask."""
+    model, ids = make_model(kernels="triton").train(), tokens(length=LENGTH)
+    for layer in model.gpt_neox.layers:
+        layer.attention.attention_dropout = 0.5
+    arguments, _ = given(kind)
+    with torch.no_grad():
+        first, second = (model(ids, **arguments).logits for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["documents", "padding"])
+def test_shapes_are_known_without_values(kind, make_model, tokens):
+    """As a CUDA graph's capture has none, either."""
+    model, ids = make_model(kernels="triton"), tokens(length=LENGTH)
+    arguments, _ = given(kind)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(value) for name, value in arguments.items()}
+        assert model(mode.from_tensor(ids), **fake).logits.shape == (2, LENGTH, 64)
 
 
 def test_no_padding_is_plain_causal_attention(make_model):
     assert spans_of(make_model(kernels="triton").config, attention_mask=torch.ones(2, 8)) is None
 
 
-def test_compiles_into_one_graph(make_model, tokens):
-    arguments, counted = given("documents")
+@pytest.mark.parametrize("kind", ["documents", "transposed padding"])
+def test_compiles_into_one_graph(kind, make_model, tokens):
+    torch._dynamo.reset()
+    arguments, counted = given(kind)
     ids = tokens(length=LENGTH)
-    wanted = loss_and_gradients(make_model(kernels="triton").train(), ids, arguments, counted)
-    model = make_model(kernels="triton").train()
+    fields = {"kernels": "triton", "num_hidden_layers": 1}
+    wanted = loss_and_gradients(make_model(**fields).train(), ids, arguments, counted)
+    model = make_model(**fields).train()
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     found = loss_and_gradients(model, ids, arguments | {"use_cache": False}, counted)
     for name, value in wanted.items():
