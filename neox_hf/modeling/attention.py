@@ -76,7 +76,7 @@ class GPTNeoXAttention(nn.Module):
             key, value = layer_past.update(key, value, self.layer_idx)
         kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         plain = attention_mask is None and layer_past is None and kwargs.get("is_causal", True)
-        attend = within_documents if isinstance(attention_mask, DocumentSpans) else self._implementation(plain)
+        attend = self._implementation(plain or isinstance(attention_mask, DocumentSpans))
         with self.region.own_random(query.device, kwargs["dropout"]):
             output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return output.reshape(*qkv.shape[:2], -1), weights
@@ -89,47 +89,35 @@ class GPTNeoXAttention(nn.Module):
         fused = linear.leaving_bias(hidden_states) if leaves else linear(hidden_states)
         return fused.view(*fused.shape[:-1], -1, 3, self.head_size), linear.bias if leaves else None
 
-    def _implementation(self, plain: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def _implementation(self, unmasked: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The implementation that the configuration names now: `set_attn_implementation` may change it between passes.
 
-        plain: there is neither a mask nor a cache, so a causal mask that nobody makes will do.
+        unmasked: spans say what is seen, or there is neither a mask nor a cache, so that a causal one will do which
+            nobody makes.
         """
         name = self.config._attn_implementation
-        if name == "sdpa" and plain:
-            return plain_causal_attention
+        if name == "sdpa" and unmasked:
+            return unmasked_attention
         if name == "flash_attention_4" and self.training:
             check_trains_by_flash_attention_4(self.head_size, self.query_key_value.weight.device)
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 
-def plain_causal_attention(
+def unmasked_attention(
     module: GPTNeoXAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    spans: DocumentSpans | None,
     scaling: float,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`kernels.causal_attention` in the signature of transformers' implementations."""
-    backend = module.kernels
-    return causal_attention(query, key, value, scale=scaling, dropout=dropout, backend=backend), None
-
-
-def within_documents(
-    module: GPTNeoXAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: DocumentSpans,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """`kernels.document_attention` in that signature."""
-    backend = module.kernels
-    return document_attention(query, key, value, spans, scale=scaling, dropout=dropout, backend=backend), None
+    """`kernels.causal_attention`, or `document_attention` within spans, in the signature of transformers' own."""
+    settings = {"scale": scaling, "dropout": dropout, "backend": module.kernels}
+    if spans is None:
+        return causal_attention(query, key, value, **settings), None
+    return document_attention(query, key, value, spans, **settings), None
 
 
 def eager_attention(

@@ -72,9 +72,9 @@ def takes_spans(
     cache: Cache | None,
     kernels: str,
 ) -> bool:
-    """Whether a kernel takes over from SDPA, which would want a mask [B, 1, S, S]: in forward passes over whole samples
-    and without dropout."""
-    if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True) or config.attention_dropout:
+    """Whether a kernel takes over from SDPA, which would want a mask [B, 1, S, S]: in passes over whole samples. Where
+    attention drops weights, `document_attention` has SDPA do it after all."""
+    if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
         return False
     of_tokens = isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
     if cache is not None or not (attention_mask is None or of_tokens):
