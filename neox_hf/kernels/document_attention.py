@@ -74,13 +74,17 @@ def document_attention_triton(query: Tensor, key: Tensor, value: Tensor, spans: 
 LARGEST_HEAD = 256
 """Beyond it blocks fit into no device's shared memory, or into few."""
 
+MOST_SAMPLES = 65_535
+"""Of one launch: they are a dimension of the grid for which CUDA has 16 bits."""
+
 LEAST_CAPABILITY = (8, 0)
 """Of a CUDA device: before Ampere, multiply-and-add of bf16 and TF32 is not to be had, and blocks do not fit."""
 
 
 def takes_documents(backend: str, x: Tensor, head_size: int) -> bool:
-    """Whether the kernel computes heads of such a size in tensors like `x`, so that nobody needs a mask."""
-    return DOCUMENT_ATTENTION.has_kernel_for(backend, x) and head_size <= LARGEST_HEAD and _is_able(x.device)
+    """Whether the kernel computes heads of such a size in tensors like `x` [B, S, H], so that nobody needs a mask."""
+    fits = head_size <= LARGEST_HEAD and x.shape[0] <= MOST_SAMPLES
+    return fits and DOCUMENT_ATTENTION.has_kernel_for(backend, x) and _is_able(x.device)
 
 
 @torch.compiler.assume_constant_result

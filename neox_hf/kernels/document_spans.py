@@ -35,7 +35,7 @@ def spans_of_positions(position_ids: Tensor) -> DocumentSpans:
     place = torch.arange(length, dtype=torch.int32, device=begins.device)
     first = torch.where(begins, place, 0).cummax(-1).values
     next_begin = torch.where(begins, place, length)[:, 1:].flip(-1).cummin(-1).values.flip(-1)
-    end = F.pad(next_begin, (0, 1), value=length)
+    end = F.pad(next_begin, (0, 1), value=length)[:, :length]
     return DocumentSpans(first, (place + 1).expand_as(first).contiguous(), end)
 
 

@@ -20,7 +20,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, measured: int | No
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     counted = wide if measured is None else wide[..., :measured]
     # The norm, whose gradient is zero where it is zero, and not the root of a mean, whose gradient is NaN there.
-    size = torch.linalg.vector_norm(counted, dim=-1, keepdim=True) * counted.shape[-1] ** -0.5
+    size = torch.linalg.vector_norm(counted, dim=-1, keepdim=True) * max(counted.shape[-1], 1) ** -0.5
     return (wide / (size + eps) * weight).to(x.dtype)
 
 

@@ -26,8 +26,9 @@ def causal_mask(
     """The mask in the form that the attention implementation wants, or None.
 
     attention_mask: [B, S] of 0 and 1, or 4-D and ready, as the caller gave it. position_ids: as the *caller* gave them,
-    so None says that no position restarts; where they do, documents are packed and do not see each other.
-    past_key_values: as the caller gave it. kernels: the model's choice; a configuration of transformers' has none.
+    so None says that no position restarts; where they do and there is no cache, documents are packed and do not see
+    each other. past_key_values: as the caller gave it. kernels: the model's choice; a configuration of transformers'
+    has none.
     """
     if is_causal_enough(config, inputs_embeds.shape[1], attention_mask, position_ids, past_key_values):
         return None
@@ -56,13 +57,16 @@ def is_causal_enough(
     """
     if config._attn_implementation not in ("sdpa", "eager") or not getattr(config, "is_causal", True):
         return False
-    if attention_mask is not None or position_ids is not None:
+    if attention_mask is not None:
         return False
     if past_key_values is None:
-        return True
-    if past_key_values.is_compileable or any(past_key_values.is_sliding):
-        return False
-    return length == 1 or past_key_values.get_seq_length() == 0
+        return position_ids is None
+    return _grows(past_key_values) and (length == 1 or past_key_values.get_seq_length() == 0)
+
+
+def _grows(cache: Cache) -> bool:
+    """Whether its keys are those that it was given and no others: neither room for more, nor a window of them."""
+    return not (cache.is_compileable or any(cache.is_sliding))
 
 
 def takes_spans(
@@ -72,14 +76,16 @@ def takes_spans(
     cache: Cache | None,
     kernels: str,
 ) -> bool:
-    """Whether a kernel takes over from SDPA, which would want a mask [B, 1, S, S]: in passes over whole samples. Where
-    attention drops weights, `document_attention` has SDPA do it after all."""
+    """Whether a kernel takes over from SDPA, which would want a mask [B, 1, S, S]: in passes over whole samples, the
+    first one into a cache among them. Where attention drops weights, `document_attention` has SDPA do it after all."""
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
         return False
     of_tokens = isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]
-    if cache is not None or not (attention_mask is None or of_tokens):
-        return False
-    return takes_documents(kernels, inputs_embeds, config.hidden_size // config.num_attention_heads)
+    if cache is None:
+        whole = attention_mask is None or of_tokens
+    else:
+        whole = of_tokens and _grows(cache) and cache.get_seq_length() == 0
+    return whole and takes_documents(kernels, inputs_embeds, config.hidden_size // config.num_attention_heads)
 
 
 def _spans(inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> DocumentSpans | None:
@@ -87,7 +93,7 @@ def _spans(inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: T
     for values of one where nobody traces or captures."""
     if attention_mask is not None:
         kept = attention_mask.to(inputs_embeds.device) != 0
-        return spans_of_padding(kept, may_wait=not is_tracing(kept))
+        return spans_of_padding(kept, may_wait=not (is_tracing(kept) or kept.is_meta))
     return spans_of_positions(position_ids.to(inputs_embeds.device).expand(inputs_embeds.shape[0], -1))
 
 

@@ -119,8 +119,8 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
         """Run the stack.
 
         input_ids int64 [B, S], or inputs_embeds [B, S, H] in their place. attention_mask [B, S], 0 for padding.
-        position_ids int64 [B, S]: where they restart, without an attention_mask and without a cache, documents are
-        packed and do not see each other. use_cache makes a cache where past_key_values brings none.
+        position_ids int64 [B, S]: where they restart, without attention_mask and past_key_values, documents are packed
+        and do not see each other. use_cache makes a cache where past_key_values brings none.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds were given.
@@ -177,7 +177,8 @@ class GPTNeoXModel(GPTNeoXPreTrainedModel):
     ) -> tuple[Tensor, Cache | None]:
         # Masks and angles, made once for all layers, read no values of it.
         whole = self.region.in_mode(self.training).with_whole_sequence(hidden_states)
-        # From what the caller gave: a cache made below is empty and changes no mask.
+        # From what the caller gave: transformers lets packed documents see each other as soon as a pass makes a cache,
+        # which is what it does by default, in training too. Who brings a cache goes on in it, and has no documents.
         mask = causal_mask(self.config, whole, attention_mask, position_ids, past_key_values, self.kernels)
         documents = flash_documents(self.config, whole, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:

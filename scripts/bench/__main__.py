@@ -22,11 +22,12 @@ import torch
 import transformers
 
 from scripts.bench import report
+from scripts.bench.case import Case
+from scripts.bench.cases import CASES
 from scripts.bench.ceilings import measure_ceilings
 from scripts.bench.chart import draw
 from scripts.bench.floors import Shapes
 from scripts.bench.measure_ops import bounds, check_accuracy, clear, time_case
-from scripts.bench.ops import CASES, Case
 from scripts.bench.optimizer_ops import check_adamw, optimizer_bounds, parameter_shapes, time_optimizer
 from scripts.bench.rounds import Plan, measure_size
 from scripts.bench.sizes import MEASURED, SIZES
@@ -42,6 +43,9 @@ CHANGES_FIGURES = ("triton", "liger-kernel", "flash-attn-4", "quack-kernels")
 """Packages that a run tells of where they are installed."""
 
 ADAMW = "AdamW and gradient norm"
+UPDATED = (torch.bfloat16, torch.float32)
+"""Parameters that AdamW updates: under fp16 they are DeepSpeed's, in fp32."""
+
 CHECKED_SHAPES = Shapes(batch=1)
 CHECKED_PARAMETERS = [torch.Size(shape) for shape in ((4096, 1024), (1023, 77), (2048,), (1,))]
 
@@ -75,17 +79,19 @@ class Bench:
         return [case for case in CASES if wanted(case.name, self.options.ops)]
 
     def ceilings(self) -> None:
-        self.add({"ceilings": measure_ceilings(self.device)})
+        found = self.document["runs"][-1]["ceilings"] = measure_ceilings(self.device)
+        self.write()
         clear(self.device)
-        print({name: round(value) for name, value in self.document["ceilings"].items()}, flush=True)
+        print({name: round(value) for name, value in found.items()}, flush=True)
 
     def accuracy(self) -> None:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             checks: list[Callable[[], report.Document]] = [
                 lambda case=case, dtype=dtype: check_accuracy(case, self.options.checked_shapes, self.device, dtype)
                 for case in self.cases()
+                if case.checked
             ]
-            if wanted(ADAMW, self.options.ops):
+            if wanted(ADAMW, self.options.ops) and dtype in UPDATED:
                 checks.append(lambda dtype=dtype: check_adamw(CHECKED_PARAMETERS, self.device, dtype))
             for check in checks:
                 row = check()
@@ -124,7 +130,7 @@ class Bench:
         length = TurnLength(options.warm_seconds, options.turn_seconds)
         plan = Plan(length, options.rounds, options.seconds, options.prepare_seconds)
         for name in options.sizes:
-            size, sustained = SIZES[name], self.document["ceilings"].get("sustained_tflops")
+            size, sustained = SIZES[name], self.document["runs"][-1].get("ceilings", {}).get("sustained_tflops")
 
             def keep(figures: dict, size=size, sustained=sustained) -> None:
                 self.add({"steps": {size.name: summarise(size, figures, sustained)}})

@@ -16,6 +16,10 @@ HEAD_PRODUCTS = 710e12
 """FLOP/s of the head's three products, the best of all shapes."""
 
 
+FP8_PRODUCTS = 1322e12
+"""FLOP/s of eight-bit products 8192^3, one scale a tensor."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What one call has to do: bytes to move and FLOPs in matrix products, whichever takes longer."""

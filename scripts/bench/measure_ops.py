@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.bench.case import Case
 from scripts.bench.floors import Shapes
 from scripts.bench.inputs import Inputs, Random
 from scripts.bench.liger import NotInstalled
-from scripts.bench.ops import Case
 from scripts.bench.timing import op_ms
 
 Row = dict[str, Any]
@@ -110,13 +110,16 @@ def extra_gib(call: Callable[[], object]) -> float:
 
 
 def bounds(case: Case, shapes: Shapes) -> Row:
-    """Floors and targets beside which the times stand."""
+    """Floors and targets beside which the times stand, and by which implementations they are to be taken."""
+    made = implementations(case, "auto")
     return {
         "op": case.name,
         "forward_floor_ms": case.forward(shapes).floor_ms,
         "both_floor_ms": case.both(shapes).floor_ms,
         "forward_target_ms": case.targets[0],
         "both_target_ms": case.targets[1],
+        "most_gib": case.most_gib,
+        "timed": [name for name in case.timed if name in made],
     }
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.measure_ops import ALLOWED, NEGLIGIBLE
 from scripts.bench.sizes import SIZES
 from scripts.bench.summary import ratios
 
@@ -11,8 +12,8 @@ Document = dict[str, Any]
 
 
 def empty() -> Document:
-    """runs: what was started, when, with which versions. The rest is by section."""
-    return {"runs": [], "ceilings": {}, "accuracy": [], "ops": {"bounds": [], "rows": []}, "steps": {}}
+    """runs: what was started, when, with which versions, and what its device gave. The rest is by section."""
+    return {"runs": [], "accuracy": [], "ops": {"bounds": [], "rows": []}, "steps": {}}
 
 
 def merged(documents: list[Document]) -> Document:
@@ -20,7 +21,6 @@ def merged(documents: list[Document]) -> Document:
     whole = empty()
     for document in documents:
         whole["runs"] += [run for run in document["runs"] if run not in whole["runs"]]
-        whole["ceilings"] |= document["ceilings"]
         whole["steps"] |= document["steps"]
         whole["accuracy"] = _updated(whole["accuracy"], document["accuracy"], ("op", "dtype"))
         for part, keys in (("bounds", ("op",)), ("rows", ("op", "by"))):
@@ -48,7 +48,7 @@ def markdown(document: Document, picture: str) -> str:
     parts = ["# Kernels and training step on one device", _runs(document)]
     if document["steps"] or document["ops"]["rows"]:
         parts.append(f"![tokens/s of each size, and times of ops over their floors]({picture})")
-    parts += [_ceilings(document), _steps(document), _ops(document), _accuracy(document)]
+    parts += [_steps(document), _ops(document), _accuracy(document)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -63,20 +63,23 @@ def figure(value: float | None, form: str = ".3f") -> str:
 
 def _runs(document: Document) -> str:
     return "\n\n".join(
-        f"{run['date']}, {run['device']}, {run['versions']}:\n\n```\n{run['command']}\n```" for run in document["runs"]
+        f"{run['date']}, {run['device']}, {run['versions']}:\n\n```\n{run['command']}\n```{_ceilings(run)}"
+        for run in document["runs"]
     )
 
 
-def _ceilings(document: Document) -> str:
-    found = document["ceilings"]
-    if not found:
-        return ""
-    rows = [
-        ["copy of 4 GiB, read and written", f"{found['copy_gb_s']:,.0f} GB/s"],
-        ["bf16 products 8192³, the first ten", f"{found['burst_tflops']:.0f} TFLOP/s"],
-        ["bf16 products 8192³, after 3 s", f"{found['sustained_tflops']:.0f} TFLOP/s"],
-    ]
-    return "## Ceilings\n\n" + table(["what", "measured"], rows)
+CEILINGS = {
+    "copy_gb_s": "{:,.0f} GB/s for a copy of 4 GiB, read and written",
+    "sustained_tflops": "{:.0f} TFLOP/s for bf16 products 8192³ after 3 s",
+    "burst_tflops": "{:.0f} TFLOP/s for the first ten of them",
+}
+
+
+def _ceilings(run: Document) -> str:
+    """Of the device that this run was given: no two are equally fast."""
+    found = run.get("ceilings", {})
+    parts = [text.format(found[name]) for name, text in CEILINGS.items() if name in found]
+    return f"\n\nIts device gave {', '.join(parts)}." if parts else ""
 
 
 def _steps(document: Document) -> str:
@@ -86,17 +89,24 @@ def _steps(document: Document) -> str:
     for name, variants in document["steps"].items():
         size = SIZES[name]
         rows = [_step_row(variant, variants, size.owed.get(variant), columns) for variant in variants]
-        title = f"### {name}, micro-batch {size.micro_batch} x {size.sequence} tokens"
+        title = f"### {name}, micro-batch {size.micro_batch} x {size.sequence} tokens{_device(variants)}"
         parts.append(f"{title}\n\n{table(columns, rows)}")
     if not parts:
         return ""
     return "## Training step\n\n" + STEPS_TEXT + "\n\n" + "\n\n".join(parts)
 
 
+def _device(variants: dict[str, Document]) -> str:
+    """What the device sustained, which MFU is beside."""
+    sustained = [found["tflops"] / found["mfu"] for found in variants.values() if found.get("mfu")]
+    return f", a device of {sustained[0]:.0f} TFLOP/s" if sustained else ""
+
+
 STEPS_TEXT = """\
 Ours is `NeoXTrainer`, with `train.precision` and switches. Peers are transformers' own class: `eager`, `compile` as
 shipped, `fixed` (compiled, `is_causal`), `tuned` (fixed, with Liger's fused head and loss). All clip at 1, with fused
-AdamW. Medians of steps in turns that interleave; min-max are medians of turns. MFU is against what the device sustains.
+AdamW. Medians of steps in turns that interleave; min-max are medians of turns. TFLOP/s: tokens/s x (6 x parameters in
+matrix products, the head included, + 12 x layers x hidden size x 2048); MFU is against what the device sustains.
 `/ tuned` is over the better of `fixed` and `tuned`; ours with fp32 masters (`bf16`) stands beside `amp`, `pure_bf16`
 beside `bf16`."""
 
@@ -122,7 +132,8 @@ def _step_row(variant: str, variants: dict[str, Document], owed: float | None, c
 
 OPS_TEXT = """\
 Forward / forward and backward, ms, at Pythia-1.4B's shapes (16,384 tokens). Floors: bytes at 4285 GB/s or products at
-675 TFLOP/s, whichever is longer. GiB: what forward and backward take beyond their inputs, ours."""
+675 TFLOP/s, whichever is longer. GiB: what forward and backward take beyond their inputs, ours, and what is owed. "-"
+was not measured."""
 
 
 def _ops(document: Document) -> str:
@@ -135,16 +146,21 @@ def _ops(document: Document) -> str:
         found = {kind: rows.get((bound["op"], kind), {}) for kind in kinds}
         if not any(found.values()):
             continue
+        missing = {kind: "-" if kind in bound.get("timed", ()) else "" for kind in kinds}
         lines.append(
             [
                 bound["op"],
-                *(_times(found[kind]) for kind in kinds),
+                *(_times(found[kind]) or missing[kind] for kind in kinds),
                 _times(bound, "_floor"),
                 _times(bound, "_target"),
-                figure(found["ours"].get("extra_gib"), ".2f"),
+                _gib(found["ours"].get("extra_gib"), bound.get("most_gib")),
             ]
         )
     return f"## Ops\n\n{OPS_TEXT}\n\n" + table(["op", *kinds, "floor", "target", "GiB"], lines)
+
+
+def _gib(found: float | None, most: float | None) -> str:
+    return figure(found, ".2f") + (f", owed {most}" if most is not None else "")
 
 
 def _times(row: Document, of: str = "") -> str:
@@ -154,6 +170,11 @@ def _times(row: Document, of: str = "") -> str:
     return " / ".join(time or "-" for time in times) if any(times) else ""
 
 
+ACCURACY_TEXT = f"""\
+The largest relative error of outputs and gradients, each by its norm, against fp64. No further than torch: at most
+{ALLOWED} times its error, for roundings fall out differently, and {NEGLIGIBLE:.0e}, a last bit or two of fp32."""
+
+
 def _accuracy(document: Document) -> str:
     if not document["accuracy"]:
         return ""
@@ -161,5 +182,4 @@ def _accuracy(document: Document) -> str:
         [row["op"], row["dtype"], f"{row['torch']:.2e}", f"{row['ours']:.2e}", "yes" if row["good"] else "**no**"]
         for row in document["accuracy"]
     ]
-    text = "The largest relative error of outputs and gradients, each by its norm, against fp64."
-    return f"## Accuracy\n\n{text}\n\n" + table(["op", "dtype", "torch", "ours", "no further than torch"], rows)
+    return f"## Accuracy\n\n{ACCURACY_TEXT}\n\n" + table(["op", "dtype", "torch", "ours", "no further"], rows)

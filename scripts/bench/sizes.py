@@ -52,7 +52,7 @@ SIZES = {
             4,
             peak_gib={"amp": 139, "bf16": 80},
             owed={"ours-bf16": 12.5e3, "ours-pure_bf16": 14.2e3, "ours-pure_bf16-selective": 13.8e3},
-            variants=(*STEADY, "eager-bf16", "fixed-bf16", "tuned-bf16"),
+            variants=(*STEADY, "eager-bf16", "compile-bf16", "fixed-bf16", "tuned-bf16"),
         ),
         Size("tiny", "pythia-14m", 1, sequence=64, peak_gib={"amp": 1, "bf16": 1}),
     )

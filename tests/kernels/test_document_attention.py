@@ -168,10 +168,14 @@ def test_arguments_that_do_not_fit_are_refused():
 def test_what_it_is_for(capability, hip, size, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    x, many = (
+        SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(samples, 8, 64))
+        for samples in (65_535, 65_536)
+    )
     assert takes_documents("auto", x, size) is wanted
     assert not takes_documents("torch", x, size)
     assert not takes_documents("auto", torch.zeros(1), size)
+    assert not takes_documents("auto", many, size)
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])

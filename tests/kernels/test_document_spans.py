@@ -29,6 +29,14 @@ def test_what_a_token_sees(kind, length):
     assert (spans.behind.diff(dim=-1) >= 0).all()
 
 
+def test_rows_of_no_tokens():
+    for spans in (
+        spans_of_positions(torch.zeros(2, 0).long()),
+        spans_of_padding(torch.ones(2, 0).bool(), may_wait=False),
+    ):
+        assert {places.shape for places in spans if places is not None} == {(2, 0)}
+
+
 def test_documents_begin_where_positions_do_not_go_on():
     spans = spans_of_positions(torch.tensor([[5, 6, 7, 0, 1, 0], [0, 1, 2, 3, 4, 5]]))
     assert spans.first.tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6]

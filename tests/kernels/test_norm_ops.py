@@ -66,6 +66,12 @@ def test_rows_of_zeros_have_no_nan():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "scale_norm"])
+def test_rows_of_no_width(name):
+    inputs = inputs_of(name, (3, 0), torch.float32)
+    assert getattr(kernels, name)(*inputs, EPS).shape == (3, 0)
+
+
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "scale_norm"])
 def test_results_have_the_dtype_of_x(name, dtype, weight_dtype):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from neox_hf.kernels.document_spans import DocumentSpans
 from neox_hf.modeling.masks import causal_mask
@@ -81,7 +81,42 @@ def test_where_a_kernel_takes_over(make_model):
     assert kind(kernels="auto") == {torch.Tensor}  # on a CPU
     assert kind(attention="eager") == {torch.Tensor}
     assert kind(attention_dropout=0.1) == {DocumentSpans}  # for the passes that drop nothing
-    assert torch.Tensor in kind(cache=True)
+    assert kind(cache=True) == {type(None), DocumentSpans}  # who brings a cache has no documents
+
+
+def test_a_cache_that_has_seen_something_wants_a_mask(make_model, tokens):
+    model = make_model(kernels="triton")
+    seen = model(tokens(length=8), use_cache=True).past_key_values
+    padded = torch.ones(2, 16)
+    padded[0, 0] = 0
+    assert isinstance(spans_of(model.config, attention_mask=padded, cache=seen), torch.Tensor)
+    with_room = StaticCache(config=model.config, max_cache_len=16)
+    assert isinstance(spans_of(model.config, attention_mask=padded[:, :8], cache=with_room), torch.Tensor)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_cache_that_is_brought_has_no_documents(kernels, make_pair, tokens):
+    """As in transformers, which is so, too, where it makes the cache itself; there ours keep apart what is packed."""
+    stock, ours = make_pair(kernels=kernels)
+    ids, (arguments, _) = tokens(length=LENGTH), given("documents")
+    brought = [model(ids, **arguments, past_key_values=DynamicCache(config=model.config)) for model in (stock, ours)]
+    torch.testing.assert_close(brought[1].logits, brought[0].logits)
+    apart = stock(ids, **arguments, use_cache=False).logits
+    assert not torch.allclose(brought[0].logits, apart, atol=1e-3)
+    torch.testing.assert_close(ours(ids, **arguments, use_cache=True).logits, apart)
+
+
+@pytest.mark.parametrize(
+    "generation", [{}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}]
+)
+def test_generates_after_padding(generation, make_pair, tokens):
+    ids, mask = tokens(length=12), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    wanted, found = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, **generation)
+        for model in make_pair(kernels="triton")
+    )
+    assert torch.equal(found, wanted)
 
 
 def test_a_mask_of_another_shape_stays_transformers_matter(make_model):
@@ -102,6 +137,13 @@ def test_dropout(kind, training, make_model, tokens):
     with torch.no_grad():
         first, second = (model(ids, **arguments).logits for _ in range(2))
     assert torch.equal(first, second) is not training
+
+
+@pytest.mark.parametrize("kind", ["documents", "padding"])
+def test_a_model_of_shapes_alone(kind, make_model, tokens):
+    model, ids = make_model(kernels="triton").to("meta"), tokens(length=LENGTH).to("meta")
+    arguments = {name: value.to("meta") for name, value in given(kind)[0].items()}
+    assert model(ids, **arguments).logits.shape == (2, LENGTH, 64)
 
 
 @pytest.mark.parametrize("kind", ["documents", "padding"])

@@ -23,14 +23,17 @@ def step(tokens_s, **more):
 def document():
     """A little of everything that a run can have measured."""
     whole = report.empty()
-    whole["runs"] = [{"date": "2026-11-22", "device": "a card", "versions": "torch 2", "command": "make bench"}]
-    whole["ceilings"] = {"copy_gb_s": 4284.0, "burst_tflops": 775.0, "sustained_tflops": 675.0}
+    ceilings = {"copy_gb_s": 4284.0, "burst_tflops": 775.0, "sustained_tflops": 675.0}
+    run = {"date": "2026-11-22", "device": "a card", "versions": "torch 2", "command": "make bench"}
+    whole["runs"] = [run | {"ceilings": ceilings}]
     whole["accuracy"] = [
         {"op": "GELU", "dtype": "bfloat16", "torch": 2e-3, "ours": 1e-3, "good": True},
         {"op": "rotary", "dtype": "bfloat16", "torch": 1e-3, "ours": 2e-3, "good": False},
     ]
     floors = {"forward_floor_ms": 0.125, "both_floor_ms": 0.313}
-    whole["ops"]["bounds"] = [{"op": "GELU", **floors, "forward_target_ms": 0.138, "both_target_ms": 0.345}]
+    owed = {"forward_target_ms": 0.138, "both_target_ms": 0.345, "most_gib": 0.6}
+    timed = ["ours", "torch", "liger", "compile"]
+    whole["ops"]["bounds"] = [{"op": "GELU", **floors, **owed, "timed": timed}]
     whole["ops"]["rows"] = [
         {"op": "GELU", "by": "ours", "forward_ms": 0.13, "both_ms": 0.33, "extra_gib": 0.5},
         {"op": "GELU", "by": "torch", "forward_ms": 0.171, "both_ms": 0.4, "extra_gib": 0.5},

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from scripts.bench.cases import CASES
 from scripts.bench.floors import Shapes
 from scripts.bench.measure_ops import time_case
-from scripts.bench.ops import CASES
 from scripts.bench.timing import op_ms
 
 pytestmark = pytest.mark.gpu

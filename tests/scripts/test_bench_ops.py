@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from scripts.bench.cases import CASES
 from scripts.bench.floors import Shapes, Work
 from scripts.bench.inputs import Inputs, Random
 from scripts.bench.liger import NotInstalled, require
 from scripts.bench.measure_ops import bounds, check_accuracy, error, implementations, time_case
-from scripts.bench.ops import CASES, rotary_inputs
+from scripts.bench.ops import rotary_inputs
 from scripts.bench.optimizer_ops import (
     BYTES,
     NARROW,
@@ -27,7 +28,7 @@ SHAPES = [torch.Size(shape) for shape in ((5, 7), (3,))]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.checked])
 def test_ours_is_what_torch_is(name, backend):
     row = check_accuracy(BY_NAME[name], TINY, CPU, torch.float32, backend)
     assert max(row["torch"], row["ours"]) < 1e-6
@@ -160,3 +161,17 @@ def test_rounds_before_the_clock_has_settled_do_not_count(monkeypatch):
 
     assert settled_median(one_round, 1.0) == 1.0
     assert now == pytest.approx(0.3 * (4 + ROUNDS))
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if not case.checked])
+def test_what_cannot_be_checked_is_of_the_right_size(name):
+    """Chance and eight bits move each element, but hardly the norm of many."""
+    case = BY_NAME[name]
+    shapes = Shapes(batch=2, sequence=32, heads=2, head_size=32, inner=256)
+    found, wanted = (
+        case.make(shapes, Random(CPU, torch.bfloat16)).forward_and_backward(op)
+        for op in (lambda *given: case.ours(*given, backend="auto"), case.torch)
+    )
+    for ours, torchs in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert ours.shape == torchs.shape
+        assert float(ours.detach().norm()) == pytest.approx(float(torchs.detach().norm()), rel=0.05)

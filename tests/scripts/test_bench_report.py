@@ -27,7 +27,7 @@ def test_tables():
     text = report.markdown(document(), "bench.png")
     assert "2026-11-22, a card, torch 2" in text
     assert "(bench.png)" in text
-    steps = rows_of(text, "### 1.4b, micro-batch 8 x 2048 tokens")
+    steps = rows_of(text, "### 1.4b, micro-batch 8 x 2048 tokens, a device of 625 TFLOP/s")
     ours = steps["ours-bf16"]
     assert (ours["tokens/s"], ours["owed"], ours["MFU"]) == ("66,000", "66,500", "80.0%")
     assert (ours["/ eager"], ours["/ compile"], ours["/ tuned"]) == ("1.375", "", "1.100")
@@ -39,9 +39,10 @@ def test_tables():
         "0.125 / 0.313",
         "0.138 / 0.345",
     )
-    assert (gelu["compile"], gelu["liger"]) == ("", "liger-kernel is not installed")
-    assert rows_of(text, "## Accuracy")["rotary"]["no further than torch"] == "**no**"
-    assert rows_of(text, "## Ceilings")["copy of 4 GiB, read and written"]["measured"] == "4,284 GB/s"
+    assert (gelu["compile"], gelu["liger"]) == ("-", "liger-kernel is not installed")
+    assert gelu["GiB"] == "0.50, owed 0.6"
+    assert rows_of(text, "## Accuracy")["rotary"]["no further"] == "**no**"
+    assert "Its device gave 4,284 GB/s for a copy of 4 GiB, read and written, 675 TFLOP/s for bf16 products" in text
 
 
 def test_every_row_of_a_table_is_as_wide_as_its_head():
@@ -144,10 +145,11 @@ def test_a_run_names_the_packages_that_change_its_figures(monkeypatch):
 def test_a_run_of_ops(tmp_path, capsys):
     options = options_for(tmp_path, "--sections", "accuracy", "ops", "--ops", "GELU")
     found = run(options, CPU, "the command")
-    assert {row["op"] for row in found["accuracy"]} == {"GELU", "bias + GELU", "linear + bias + GELU"}
-    assert {row["dtype"] for row in found["accuracy"]} == {"bfloat16", "float32"}
+    names = {"GELU", "bias + GELU", "bias + GELU, tanh", "linear + bias + GELU"}
+    assert {row["op"] for row in found["accuracy"]} == names
+    assert {row["dtype"] for row in found["accuracy"]} == {"bfloat16", "float16", "float32"}
     assert {(row["op"], row["by"]) for row in found["ops"]["rows"]} == {
-        (op, by) for op in ("GELU", "bias + GELU", "linear + bias + GELU") for by in ("ours", "torch")
+        (op, by) for op in names for by in ("ours", "torch")
     }
     assert json.loads((tmp_path / "small.json").read_text()) == found
     assert "the command" in (tmp_path / "small.md").read_text()
