@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from neox_hf.kernels.product import product_, torch_product_
-from neox_hf.kernels.softmax_rows import losses_and_gradient_, losses_from_statistics, row_statistics, rows_gradient
+from neox_hf.kernels.softmax_rows import (
+    losses_and_gradient_,
+    losses_from_statistics,
+    row_statistics,
+    rows_gradient,
+    sum_of_losses,
+)
 from neox_hf.kernels.vocabulary_share import (
     VocabularyShare,
     log_softmax_over_ranks,
@@ -120,7 +126,7 @@ def chunked_losses_kernel(
             product_(for_hidden[part], logits, weight)
         if job.wanted[1]:
             add_product_(for_weight, logits, hidden[part], keep=into is not None or part.start > 0)
-    return losses.sum(), for_hidden, for_weight
+    return sum_of_losses(losses), for_hidden, for_weight
 
 
 def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor: Tensor | None, job: Job) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.once_differentiable import once_differentiable
 from neox_hf.kernels.registration import register, register_fake
-from neox_hf.kernels.softmax_rows import row_statistics, rows_gradient
+from neox_hf.kernels.softmax_rows import row_statistics, rows_gradient, sum_of_losses
 
 IGNORE_INDEX = -100
 
@@ -41,7 +41,7 @@ def cross_entropy_forward(
     maxima, sums, losses = row_statistics(
         logits, next_labels, words=logits.shape[1], ignore_index=ignore_index, z_loss=z_loss
     )
-    return losses.sum(), maxima, sums
+    return sum_of_losses(losses), maxima, sums
 
 
 @register_fake(cross_entropy_forward)

@@ -36,7 +36,7 @@ from neox_hf.kernels.embedding import embedding_gradient_
 from neox_hf.kernels.fused_product import TILES, FusedProduct, Tile, epilogues, fused_tile
 from neox_hf.kernels.power_rows import add_labels_, finish_rows, per_token
 from neox_hf.kernels.product import is_chosen, product_
-from neox_hf.kernels.softmax_rows import losses_and_gradient_
+from neox_hf.kernels.softmax_rows import losses_and_gradient_, sum_of_losses
 from neox_hf.kernels.weight_gradient import add_product_
 
 POWER_TILES = ("192x128 1x2", "128x192 1x2", "128x192 2x1")
@@ -83,7 +83,7 @@ class PowerLosses:
         if for_weight is not None:
             words = self.tokens.labels - self.job.share.first_row
             embedding_gradient_(for_weight, words, hidden, True, self.tokens.own)
-        return self.tokens.losses.sum(), for_hidden, for_weight
+        return sum_of_losses(self.tokens.losses), for_hidden, for_weight
 
     def _hidden_gradient(self, powers: Tensor, part: slice, out: Tensor) -> None:
         add_labels_(product_(out, powers, self.weight), self.weight, self.tokens.of(part), self.job)

@@ -356,6 +356,11 @@ def row_statistics(
     return maxima, sums, losses
 
 
+def sum_of_losses(losses: Tensor) -> Tensor:
+    """Of losses fp32 [C], rounded once: thousands of them added in fp32 are off by a last bit or two."""
+    return losses.sum(dtype=torch.float64).to(losses.dtype)
+
+
 def losses_from_statistics(maxima: Tensor, sums: Tensor, z_loss: float) -> Tensor:
     """Losses [C] from what `row_statistics` gives, of one rank or, reduced, of all. NaN for a label nobody holds."""
     total, at_label, holders = sums.unbind(dim=1)

@@ -10,7 +10,14 @@ from neox_hf.kernels import cross_entropy, linear_cross_entropy
 from neox_hf.kernels.chunked_losses import KERNEL_BYTES_AT_ONCE
 from neox_hf.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from neox_hf.kernels.linear_cross_entropy import linear_cross_entropy_op
-from neox_hf.kernels.softmax_rows import Launch, launch_for, losses_and_gradient_, row_statistics, rows_gradient
+from neox_hf.kernels.softmax_rows import (
+    Launch,
+    launch_for,
+    losses_and_gradient_,
+    row_statistics,
+    rows_gradient,
+    sum_of_losses,
+)
 from tests.kernels.head_and_loss import (
     VOCABULARY,
     SimulatedRanks,
@@ -45,6 +52,13 @@ def rows(columns, dtype=torch.float32, count=4, spread=4.0):
 
 def close(found, wanted, tolerance):
     return (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max() + 1e-7
+
+
+def test_the_sum_of_many_losses_is_rounded_once():
+    losses = 11 + torch.rand(100_003)
+    total = sum_of_losses(losses)
+    assert total.dtype == torch.float32
+    assert total.item() == losses.double().sum().float().item()
 
 
 # One word; less than a vector; no multiple of a vector; a whole tile; one more; several tiles of 32 with a rest.
