@@ -9,7 +9,8 @@ from neox_hf.kernels.fused_product import TILES
 from neox_hf.kernels.power_losses import POWER_TILES
 from tests.kernels.quack_stand_in import Epilogues
 
-TOKENS, HIDDEN, WORDS, CHUNK = 300, 24, 384, 128
+TOKENS, HIDDEN, WORDS, CHUNK = 140, 24, 384, 128
+"""Two chunks, for the interpreter takes 25 ms a token."""
 
 
 @pytest.fixture(params=POWER_TILES)
@@ -20,6 +21,9 @@ def powers(request, monkeypatch):
     monkeypatch.setattr(power_losses, "is_chosen", lambda backend, a, b: True)
     monkeypatch.setattr(power_losses, "fused_tile", lambda *arguments: TILES[request.param])
     return ends.powers
+
+
+whatever_the_tile = pytest.mark.parametrize("powers", POWER_TILES[:1], indirect=True)
 
 
 def inputs(tokens=TOKENS, words=WORDS, spread=2.0, seed=0):
@@ -54,21 +58,21 @@ def error(found, exact):
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
-@pytest.mark.parametrize("spread", [0.1, 2.0, 12.0])
+@pytest.mark.parametrize(("spread", "z_loss"), [(0.1, 0.0), (2.0, 0.0), (2.0, 1e-3), (12.0, 1e-3)])
 def test_is_nearer_to_the_truth_than_passes_over_rounded_logits(spread, z_loss, powers, monkeypatch):
     data = inputs(spread=spread)
     truth = in_fp64(*data, z_loss)
     found = by_the_op(*data, z_loss=z_loss)
-    assert len(powers.tiles) == 3
+    assert len(powers.tiles) == 2
     monkeypatch.setattr(power_losses, "is_chosen", lambda backend, a, b: False)
     passes = by_the_op(*data, z_loss=z_loss)
-    assert len(powers.tiles) == 3
+    assert len(powers.tiles) == 2
     for ours, theirs, exact in zip(found, passes, truth, strict=True):
         assert error(ours, exact) <= 1.05 * error(theirs, exact) + 1e-6
         assert error(ours, exact) < 4e-3
 
 
+@whatever_the_tile
 @pytest.mark.parametrize("promised", [True, False])
 def test_a_factor_that_is_known_beforehand_is_in_the_gradients(promised, powers):
     data, factor = inputs(), 1 / 3
@@ -81,6 +85,7 @@ def test_a_factor_that_is_known_beforehand_is_in_the_gradients(promised, powers)
     assert error(for_weight, truth[2] * factor) < 3e-3
 
 
+@whatever_the_tile
 def test_gradients_are_added_to_what_is_there(powers):
     hidden, weight, labels = inputs()
     into = torch.ones(weight.shape)
@@ -96,8 +101,8 @@ def test_words_much_likelier_than_the_label(powers):
     """Their powers are beyond fp32, and beyond what its products can sum."""
     hidden, weight, labels = inputs(spread=40.0)
     losses = F.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="none", ignore_index=-100)
-    assert (losses > 70).sum() > 20
-    assert ((losses > 0) & (losses < 60)).sum() > 20
+    assert (losses > 70).sum() > 10
+    assert ((losses > 0) & (losses < 60)).sum() > 10
     hidden[0] *= 20
     for ours, exact in zip(by_the_op(hidden, weight, labels), in_fp64(hidden, weight, labels), strict=True):
         assert error(ours, exact) < 4e-3
@@ -114,6 +119,7 @@ def test_a_label_that_is_as_good_as_certain(powers):
     assert by_the_op(hidden, weight, labels)[0] >= 0
 
 
+@whatever_the_tile
 def test_ignored_tokens_and_labels_that_are_no_word(powers):
     hidden, weight, labels = inputs()
     loss, for_hidden, for_weight = by_the_op(hidden, weight, torch.full_like(labels, -100))
@@ -126,6 +132,7 @@ def test_ignored_tokens_and_labels_that_are_no_word(powers):
     assert not for_hidden[labels >= 9].any()
 
 
+@whatever_the_tile
 def test_words_that_begin_later(powers):
     hidden, weight, labels = inputs()
     moved = labels.where(labels == -100, labels + 1000)
@@ -135,12 +142,14 @@ def test_words_that_begin_later(powers):
         assert torch.equal(one, other)
 
 
+@whatever_the_tile
 def test_what_is_not_finite_is_seen(powers):
     hidden, weight, labels = inputs()
     weight[5, 3] = torch.nan
     assert by_the_op(hidden, weight, labels)[0].isnan()
 
 
+@whatever_the_tile
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_one_gradient_alone(frozen, powers):
     data = inputs()
@@ -153,18 +162,20 @@ def test_one_gradient_alone(frozen, powers):
     assert torch.equal(leaves[1 - frozen].grad, both[2 - frozen])
 
 
+@whatever_the_tile
 def test_evaluation(powers):
     data = inputs()
     with torch.no_grad():
         loss = linear_cross_entropy(*data, chunk=CHUNK, backend="triton")
     assert torch.equal(loss, by_the_op(*data)[0])
-    assert len(powers.tiles) == 6
+    assert len(powers.tiles) == 4
 
 
 def alone(tensor):
     """The reduction over one rank."""
 
 
+@whatever_the_tile
 @pytest.mark.parametrize(
     ("words", "dtype", "options"),
     [
@@ -193,6 +204,7 @@ def asked(monkeypatch):
     return asked
 
 
+@whatever_the_tile
 @pytest.mark.parametrize(("words", "tiles"), [(384, POWER_TILES), (256, POWER_TILES[:1]), (192, POWER_TILES[1:])])
 def test_what_is_compared_for_a_choice(words, tiles, powers, asked):
     hidden, weight, labels = inputs(words=words)

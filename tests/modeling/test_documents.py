@@ -25,6 +25,11 @@ def given(kind):
     return {"attention_mask": mask.t().contiguous().t() if kind == "transposed padding" else mask}, counted
 
 
+def one_layer(make_model, kernels):
+    """The interpreter takes seconds for each."""
+    return make_model(kernels=kernels, num_hidden_layers=1)
+
+
 def loss_and_gradients(model, ids, arguments, counted):
     loss = model(ids, labels=ids.masked_fill(~counted, -100), **arguments).loss
     loss.backward()
@@ -37,7 +42,7 @@ def test_loss_and_gradients_are_those_under_a_mask(kind, training, make_model, t
     arguments, counted = given(kind)
     ids = tokens(length=LENGTH)
     found, wanted = (
-        loss_and_gradients(make_model(kernels=kernels).train(training), ids, arguments, counted)
+        loss_and_gradients(one_layer(make_model, kernels).train(training), ids, arguments, counted)
         for kernels in ("triton", "torch")
     )
     for name, value in wanted.items():
@@ -50,9 +55,9 @@ def test_loss_and_gradients_are_those_under_a_mask(kind, training, make_model, t
 def test_with_recomputation(mode, make_model, tokens):
     arguments, counted = given("documents")
     ids = tokens(length=LENGTH)
-    model = make_model(kernels="triton").train()
+    model = one_layer(make_model, "triton").train()
     wanted = loss_and_gradients(model, ids, arguments, counted)
-    again = make_model(kernels="triton").train()
+    again = one_layer(make_model, "triton").train()
     again.gradient_checkpointing_enable(recompute_kwargs(mode))
     found = loss_and_gradients(again, ids, arguments, counted)
     for name, value in wanted.items():
@@ -97,7 +102,7 @@ def test_a_cache_that_has_seen_something_wants_a_mask(make_model, tokens):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_a_cache_that_is_brought_has_no_documents(kernels, make_pair, tokens):
     """As in transformers, which is so, too, where it makes the cache itself; there ours keep apart what is packed."""
-    stock, ours = make_pair(kernels=kernels)
+    stock, ours = make_pair(kernels=kernels, num_hidden_layers=1)
     ids, (arguments, _) = tokens(length=LENGTH), given("documents")
     brought = [model(ids, **arguments, past_key_values=DynamicCache(config=model.config)) for model in (stock, ours)]
     torch.testing.assert_close(brought[1].logits, brought[0].logits)
@@ -114,7 +119,7 @@ def test_generates_after_padding(generation, make_pair, tokens):
     mask[1, :5] = 0
     wanted, found = (
         model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, **generation)
-        for model in make_pair(kernels="triton")
+        for model in make_pair(kernels="triton", num_hidden_layers=1)
     )
     assert torch.equal(found, wanted)
 
