@@ -83,7 +83,7 @@ def chunked_losses(
     precise = torch.promote_types(weight.dtype, torch.float32)
     total = torch.zeros((), dtype=precise, device=hidden.device)
     for_hidden = empty_gradient(hidden, factor) if job.wanted[0] else None
-    for_weight = torch.zeros_like(weight, dtype=precise) if job.wanted[1] else None
+    for_weight = weight.new_zeros(weight.shape, dtype=precise) if job.wanted[1] else None
     for part in chunks_of(hidden.shape[0], job.chunk):
         ignored = labels[part] == job.ignore_index
         # Zeros in, so that such a token adds nothing to the weight's gradient, whatever its softmax.
@@ -166,7 +166,7 @@ def sum_of_products(weight: Tensor, into: Tensor | None, tokens: int) -> Tensor:
     """What the weight's gradient is added up in; the first product overwrites what is new."""
     if into is not None:
         return into
-    return (torch.empty_like if tokens else torch.zeros_like)(weight, dtype=torch.float32)
+    return (weight.new_empty if tokens else weight.new_zeros)(weight.shape, dtype=torch.float32)
 
 
 def chunks_of(length: int, step: int) -> Iterator[slice]:

@@ -131,9 +131,11 @@ def cross_entropy(
     win where both are given.
 
     Raises:
-        ValueError: neither kind of labels was given.
+        ValueError: neither kind of labels was given, or they are not one whole number for each position.
     """
-    next_labels = labels_of_next_tokens(labels, shift_labels, ignore_index).to(logits.device).reshape(-1)
+    next_labels = labels_of_next_tokens(labels, shift_labels, ignore_index).to(logits.device)
+    check_labels(next_labels, logits.shape[:-1])
+    next_labels = next_labels.reshape(-1)
     rows = logits.reshape(-1, logits.shape[-1])
     total = CROSS_ENTROPY.choose(backend, logits)(rows, next_labels, ignore_index, z_loss)
     return mean_over_labels(total, next_labels, num_items_in_batch, ignore_index)
@@ -150,6 +152,17 @@ def labels_of_next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ig
     if labels is None:
         raise ValueError("cross_entropy needs labels or shift_labels; found neither")
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def check_labels(labels: Tensor, wanted: torch.Size) -> None:
+    """Raises ValueError unless there is one label, a whole number, for each of `wanted` tokens.
+
+    Another shape of as many will do, as for transformers, which flattens both.
+    """
+    if labels.numel() != wanted.numel() or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}, for tokens {list(wanted)}; give one whole number for each"
+        )
 
 
 def mean_over_labels(

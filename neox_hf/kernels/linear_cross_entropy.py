@@ -28,7 +28,7 @@ from neox_hf.kernels.chunked_losses import (
     default_chunk,
     scaled,
 )
-from neox_hf.kernels.cross_entropy import IGNORE_INDEX
+from neox_hf.kernels.cross_entropy import IGNORE_INDEX, check_labels
 from neox_hf.kernels.dispatch import Op
 from neox_hf.kernels.expected_factor import put_right_, quotient
 from neox_hf.kernels.gradient_dtype import gradient_dtype
@@ -92,7 +92,7 @@ def _(
     return (
         nothing((), dtype=precise),
         torch.empty_like(hidden, dtype=precise if factor is None else None) if wants_hidden else nothing(0),
-        torch.empty_like(weight, dtype=precise) if wants_weight and into is None else nothing(0),
+        nothing(weight.shape, dtype=precise) if wants_weight and into is None else nothing(0),
     )
 
 
@@ -237,9 +237,10 @@ def linear_cross_entropy(
     by a device-side assertion).
 
     Raises:
-        ValueError: a chunk of no token, one of the reductions without the other, or an `accumulate_into` that does not
-            fit.
+        ValueError: a chunk of no token, one of the reductions without the other, labels that are not one whole number
+            for each token, or an `accumulate_into` that does not fit.
     """
+    check_labels(labels, hidden.shape[:1])
     if (all_max is None) != (all_sum is None):
         given, missing = ("all_max", "all_sum") if all_sum is None else ("all_sum", "all_max")
         raise ValueError(f"linear_cross_entropy was given {given} without {missing}; a split vocabulary needs both")

@@ -44,7 +44,7 @@ def rotary_reference(
     cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
     query_key, value = qkv.split([2, 1], dim=3)
     rotated, passed = query_key.split([2 * half, qkv.shape[-1] - 2 * half], dim=-1)
-    a, b = rotated.to(torch.promote_types(qkv.dtype, cos.dtype)).split(half, dim=-1)
+    a, b = rotated.to(torch.promote_types(qkv.dtype, cos.dtype)).split([half, half], dim=-1)
     new_a = torch.addcmul(a * cos, b, sin, value=-1).to(qkv.dtype)
     new_b = torch.addcmul(b * cos, a, sin).to(qkv.dtype)
     query, key = torch.cat((new_a, new_b, passed), dim=-1).transpose(1, 2).unbind(dim=3)

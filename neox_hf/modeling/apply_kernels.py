@@ -148,7 +148,7 @@ def _change_norms(example: GPTNeoXLayer, *norms: nn.Module) -> None:
     """Also those that an adapter holds, to train a copy."""
     for norm in norms:
         for part in norm.modules():
-            if type(part) is nn.LayerNorm:
+            if type(part) is nn.LayerNorm and part.weight is not None:
                 _become(part, GPTNeoXLayerNorm, example.input_layernorm)
 
 

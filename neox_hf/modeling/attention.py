@@ -128,17 +128,22 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, softmax in fp32: the implementation that also returns its weights.
 
-    query, key, value [B, N, S, D]; an additive mask [B, 1, S, keys], or None for the causal one. Returns
-    ([B, S, N, D], weights [B, N, S, keys]).
+    query, key, value [B, N, S, D]; an additive mask [B, 1, S, keys], or None for the causal one, or for none at all
+    where attention is not causal (is_causal, by default the configuration's). Returns ([B, S, N, D], weights
+    [B, N, S, keys]).
     """
     scores = torch.matmul(query, key.transpose(2, 3))
-    if attention_mask is None:
+    if is_causal is None:
+        is_causal = getattr(module.config, "is_causal", True)
+    if attention_mask is None and is_causal:
         weights = causal_softmax(scores, scaling, overwrite=True, backend=module.kernels)
     else:
-        weights = F.softmax(scores * scaling + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
+        masked = scores * scaling if attention_mask is None else scores * scaling + attention_mask
+        weights = F.softmax(masked, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights

@@ -1,18 +1,17 @@
 """`GPTNeoXForCausalLM`: the model that pretraining trains and the Hub serves."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from neox_hf.kernels import IGNORE_INDEX, Backend, cross_entropy, linear_cross_entropy
-from neox_hf.kernels.cross_entropy import labels_of_next_tokens, number_of_labels
+from neox_hf.kernels.cross_entropy import check_labels, labels_of_next_tokens, number_of_labels
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
@@ -33,7 +32,6 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
     skip_logits_in_training = False
     z_loss = 0.0
-    _own_loss: Callable[..., Tensor] | None = None
 
     def __init__(self, config: GPTNeoXConfig, topology: Topology | None = None) -> None:
         super().__init__(config)
@@ -45,11 +43,9 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
 
     def choose_kernels(self, kernels: Backend) -> None:
         """Who computes the loss, unless it has been replaced."""
-        replaced = getattr(self, "_loss_function", None) is not self._own_loss
         self.kernels = kernels
-        self._own_loss = partial(causal_lm_loss, kernels=kernels)
-        if not replaced:
-            self.loss_function = self._own_loss
+        if has_the_usual_loss(self):
+            self.loss_function = CausalLMLoss(kernels)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -64,17 +60,20 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         head: Tensor | None = None,
         upstream: Tensor | float | None = None,
         accumulate_into: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
     ) -> Tensor:
-        """Sum of the losses of next tokens int64 [B, S], -100 for none, given what `finish` returns [B, S, H].
+        """Sum of the losses of next tokens int64 [B, S], given what `finish` returns [B, S, H].
 
-        fp32, the same on every rank of a tensor group; logits are never whole. head: the head's weight, if a view of it
-        must be what gets the gradient. upstream: what the sum is about to be multiplied by. accumulate_into: where the
-        head's gradient is added at once. Both: see `linear_cross_entropy`.
+        A token of `ignore_index` counts for nothing. fp32, the same on every rank of a tensor group; logits are never
+        whole. head: the head's weight, if a view of it must be what gets the gradient. upstream: what the sum is about
+        to be multiplied by. accumulate_into: where the head's gradient is added at once. Both: see
+        `linear_cross_entropy`.
         """
         return linear_cross_entropy(
             hidden_states.flatten(0, 1),
             self.lm_head.weight if head is None else head,
             next_tokens.flatten(),
+            ignore_index=ignore_index,
             z_loss=self.z_loss if self.training else 0.0,
             upstream=upstream,
             accumulate_into=accumulate_into,
@@ -84,7 +83,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
 
     def _fuses_head_and_loss(self) -> bool:
         """Whether `loss_without_logits` is what the head and the loss would give."""
-        return self.loss_function is self._own_loss and is_bare(self.lm_head, nn.Linear, VocabParallelHead)
+        return isinstance(self.loss_function, CausalLMLoss) and is_bare(self.lm_head, nn.Linear, VocabParallelHead)
 
     def words_of_this_rank(self) -> dict[str, Any]:
         """How `linear_cross_entropy` has to read the head where its vocabulary is split."""
@@ -106,13 +105,16 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         *,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
         loss_factor: float = 1.0,
         **_: Any,
     ) -> Tensor:
-        """The loss of `causal_lm_loss`, from what `finish` returns [B, S, H]; loss_factor: see `forward`."""
-        next_tokens = labels_of_next_tokens(labels, shift_labels, IGNORE_INDEX).to(hidden_states.device)
-        count = number_of_labels(next_tokens, num_items_in_batch, IGNORE_INDEX)
-        return self.summed_loss(hidden_states, next_tokens, upstream=loss_factor / count) / count
+        """The loss of `CausalLMLoss`, from what `finish` returns [B, S, H]; loss_factor: see `forward`."""
+        next_tokens = labels_of_next_tokens(labels, shift_labels, ignore_index).to(hidden_states.device)
+        check_labels(next_tokens, hidden_states.shape[:-1])
+        count = number_of_labels(next_tokens, num_items_in_batch, ignore_index)
+        upstream = loss_factor / count
+        return self.summed_loss(hidden_states, next_tokens, upstream=upstream, ignore_index=ignore_index) / count
 
     @can_return_tuple
     def forward(
@@ -170,30 +172,42 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         )
 
 
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    *,
-    kernels: str,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    z_loss: float = 0.0,
-    **_: Any,
-) -> Tensor:
+class CausalLMLoss:
     """`kernels.cross_entropy` in the signature of transformers' `loss_function`, which users may replace.
 
-    A forward pass hands all its keyword arguments to the loss; those for attention and the like are not ours.
+    A class, and no partial function: a compiler makes a partial one anew, and knows this one again.
     """
-    return cross_entropy(
-        logits,
-        labels,
-        shift_labels=shift_labels,
-        num_items_in_batch=num_items_in_batch,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        backend=kernels,
-    )
+
+    def __init__(self, kernels: Backend) -> None:
+        self.kernels = kernels
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        z_loss: float = 0.0,
+        **_: Any,
+    ) -> Tensor:
+        """A forward pass hands all its keyword arguments to the loss; those for attention and the like are not ours."""
+        return cross_entropy(
+            logits,
+            labels,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            backend=self.kernels,
+        )
+
+
+def has_the_usual_loss(model: PreTrainedModel) -> bool:
+    """Whether nobody chose another one, by a function or by the name of one of transformers'."""
+    chosen = getattr(model, "_loss_function", None)
+    return isinstance(chosen, CausalLMLoss) if chosen is not None else model.loss_function is ForCausalLMLoss
 
 
 def regularise_logits(model: nn.Module, z_loss: float) -> None:
@@ -205,7 +219,7 @@ def regularise_logits(model: nn.Module, z_loss: float) -> None:
         ValueError: nothing of the model has this loss, or it has been replaced.
     """
     owners = [module for module in model.modules() if hasattr(type(module), "z_loss")]
-    if not owners or any(owner.loss_function is not owner._own_loss for owner in owners):
+    if not owners or not all(has_the_usual_loss(owner) for owner in owners):
         why = "its loss_function has been replaced" if owners else "it is no causal language model of neox_hf"
         raise ValueError(f"z_loss={z_loss} cannot be added to the loss of this {type(model).__name__}: {why}")
     for owner in owners:

@@ -51,6 +51,11 @@ class GPTNeoXConfig(TransformersGPTNeoXConfig):
         if self.kernels not in BACKENDS:
             raise ValueError(f"kernels={self.kernels!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
+    def validate_rotary(self) -> None:
+        """A head is rotated whole, in part or not at all. Called by `@strict`."""
+        if not 0.0 <= self.rotary_pct <= 1.0:
+            raise ValueError(f"rotary_pct={self.rotary_pct} of each head is to be rotated; choose from 0 to 1")
+
     @property
     def head_size(self) -> int:
         """Width of one attention head."""

@@ -44,15 +44,21 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = False,
         layer_past: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """position_embeddings: cos and sin of the rotary angles. Other arguments go to the attention implementation."""
+        """position_embeddings: cos and sin of the rotary angles. The rest goes to the attention implementation; the
+        order is that of transformers' block.
+        """
         seen = {
             "attention_mask": attention_mask,
-            "position_embeddings": position_embeddings,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
             "layer_past": layer_past,
+            "position_embeddings": position_embeddings,
             **kwargs,
         }
         region = self.region.in_mode(self.training)

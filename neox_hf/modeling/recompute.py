@@ -85,7 +85,7 @@ def makes_outputs_again(model: PreTrainedModel) -> bool:
     weights = [linear.weight for linear in linears if linear.weight.requires_grad and not linear.weight.is_meta]
     if not weights or not all(sum_of(weight) for weight in weights):
         return False
-    return LAYER_NORM.has_kernel_for(model.config.kernels, weights[0])
+    return all(LAYER_NORM.has_kernel_for(linear.kernels, weights[0]) for linear in linears)
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -21,12 +21,14 @@ class GPTNeoXRotaryEmbedding(positions.GPTNeoXRotaryEmbedding, stock.GPTNeoXRota
 class GPTNeoXAttention(attention.GPTNeoXAttention, stock.GPTNeoXAttention):
     """Our attention."""
 
+    computes_as = attention.GPTNeoXAttention
     region = ALONE
 
 
 class GPTNeoXMLP(mlp.GPTNeoXMLP, stock.GPTNeoXMLP):
     """Our MLP."""
 
+    computes_as = mlp.GPTNeoXMLP
     region = ALONE
 
 
@@ -56,7 +58,6 @@ class GPTNeoXForCausalLM(stock.GPTNeoXForCausalLM):
     kernels = "auto"
     skip_logits_in_training = causal_lm.GPTNeoXForCausalLM.skip_logits_in_training
     z_loss = causal_lm.GPTNeoXForCausalLM.z_loss
-    _own_loss = None
     choose_kernels = causal_lm.GPTNeoXForCausalLM.choose_kernels
     summed_loss = causal_lm.GPTNeoXForCausalLM.summed_loss
     words_of_this_rank = causal_lm.GPTNeoXForCausalLM.words_of_this_rank

@@ -74,6 +74,11 @@ def test_impossible_values_are_refused(make_config):
         make_config(output_layer_init_method="wang")
     with pytest.raises(StrictDataclassError, match="kernels='cuda' is unknown; choose one of auto, triton, torch"):
         make_config(kernels="cuda")
+    for factor in (-0.5, 2.0):
+        with pytest.raises(
+            StrictDataclassError, match=f"rotary_pct={factor} of each head is to be rotated; choose from"
+        ):
+            make_config(rotary_pct=factor)
     with pytest.raises(StrictDataclassError, match="hidden_size"):
         make_config(hidden_size="32")
 

@@ -53,6 +53,22 @@ def test_bidirectional_attention_is_not_taken_for_causal(make_model, tokens):
     assert not torch.allclose(*both)
 
 
+@pytest.mark.parametrize("told", ["the pass", "the configuration", "a pass with a mask of ones"])
+def test_eager_attention_is_not_taken_for_causal_either(told, make_model, tokens):
+    model = make_model(attention="eager")
+    given = {"use_cache": False}
+    if told == "the configuration":
+        model.config.is_causal = False
+    else:
+        given["is_causal"] = False
+    ids = tokens()
+    if "ones" in told:
+        given["attention_mask"] = torch.ones_like(ids)
+    changed = ids.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(*[model(x, **given).logits[:, 0] for x in (ids, changed)])
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_documents_do_not_see_each_other(attention, training, make_model, tokens, uncompiled):
