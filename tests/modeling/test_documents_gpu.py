@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from neox_hf import GPTNeoXConfig
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
@@ -60,3 +61,19 @@ def test_compiles_into_one_graph():
         found = gradients(model, ids, labels, torch.float32, use_cache=False, **arguments)
         for name, value in wanted.items():
             assert (found[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
+
+
+@torch.no_grad()
+def test_a_padded_prompt_goes_into_a_cache():
+    """The first pass by spans, the next under a mask, as `generate` has them."""
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 101), device="cuda")
+    kept = torch.ones_like(ids)
+    kept[1, :37] = 0
+    logits = {}
+    for kernels in ("torch", "auto"):
+        model = model_of(64, kernels).eval()
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :100], attention_mask=kept[:, :100], past_key_values=cache, use_cache=True).logits
+        after = model(ids[:, 100:], attention_mask=kept, past_key_values=cache, use_cache=True).logits
+        logits[kernels] = torch.cat((first, after), dim=1)[kept.bool()]
+    torch.testing.assert_close(logits["auto"], logits["torch"], rtol=1e-3, atol=1e-4)
