@@ -11,7 +11,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from neox_hf.kernels import IGNORE_INDEX, Backend, cross_entropy, linear_cross_entropy
-from neox_hf.kernels.cross_entropy import check_labels, labels_of_next_tokens, number_of_labels
+from neox_hf.kernels.cross_entropy import labels_of_next_tokens, number_of_labels
 from neox_hf.modeling.bare import is_bare
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from neox_hf.modeling.model import GPTNeoXModel, GPTNeoXPreTrainedModel
@@ -111,7 +111,6 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The loss of `CausalLMLoss`, from what `finish` returns [B, S, H]; loss_factor: see `forward`."""
         next_tokens = labels_of_next_tokens(labels, shift_labels, ignore_index).to(hidden_states.device)
-        check_labels(next_tokens, hidden_states.shape[:-1])
         count = number_of_labels(next_tokens, num_items_in_batch, ignore_index)
         upstream = loss_factor / count
         return self.summed_loss(hidden_states, next_tokens, upstream=upstream, ignore_index=ignore_index) / count

@@ -1,5 +1,6 @@
 """Other forms of the ops that a step has: the tanh GELU, dropout, z-loss, a share of the words, eight bits."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,46 +15,25 @@ from neox_hf.kernels.fp8_scales import Fp8Scales
 from scripts.bench.case import Case, streams, wides
 from scripts.bench.floors import FP8_PRODUCTS, Shapes, Work
 from scripts.bench.inputs import Inputs, Random
-from scripts.bench.ops import head_inputs, head_products, stock_head
+from scripts.bench.ops import activation_inputs, head_inputs, head_products, mlp_inputs, own_head, stock_head
+from scripts.bench.other_ops import own_branches, rows
 
 DROPPED = 0.1
 Z_LOSS = 1e-4
 
 
-def activation_inputs(s: Shapes, random: Random) -> Inputs:
-    return Inputs((random.leaf(s.tokens, s.inner), random.leaf(s.inner)), (random.values(s.tokens, s.inner),))
-
-
-def branch_inputs(s: Shapes, random: Random) -> Inputs:
-    """The stream, and two branches with their biases."""
-    branches = [part for _ in range(2) for part in (random.leaf(s.tokens, s.hidden), random.leaf(s.hidden))]
-    return Inputs((random.leaf(s.tokens, s.hidden), *branches), (random.values(s.tokens, s.hidden),))
-
-
-def torch_dropout(x: Tensor, first: Tensor, bias1: Tensor, second: Tensor, bias2: Tensor) -> Tensor:
+def torch_dropout(x: Tensor, first: Tensor, second: Tensor, bias1: Tensor, bias2: Tensor) -> Tensor:
     return x + F.dropout(first + bias1, DROPPED) + F.dropout(second + bias2, DROPPED)
 
 
 def own_dropout(x: Tensor, *branches: Tensor, backend: str) -> Tensor:
-    seed = draw_dropout_seed(x.device)
-    return kernels.bias_dropout_residual(x, *branches, probability=DROPPED, seed=seed, backend=backend)
+    return own_branches(x, *branches, backend=backend, probability=DROPPED, seed=draw_dropout_seed(x.device))
 
 
 def torch_z_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels) + Z_LOSS * logits.logsumexp(-1).square().mean()
-
-
-def own_z_loss(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str) -> Tensor:
-    settings = {"z_loss": Z_LOSS, "upstream": 1 / labels.numel(), "backend": backend}
-    return kernels.linear_cross_entropy(hidden, weight, labels, **settings) / labels.numel()
-
-
-def own_share(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str) -> Tensor:
-    """As on a rank of a tensor group, whose messages take no time and change nothing."""
-    settings = {"all_max": as_it_is, "all_sum": as_it_is, "upstream": 1 / labels.numel(), "backend": backend}
-    return kernels.linear_cross_entropy(hidden, weight, labels, **settings) / labels.numel()
 
 
 def as_it_is(_: Tensor) -> None:
@@ -74,9 +54,8 @@ def settled(inputs: Inputs, table: Fp8Scales, op: Any) -> Inputs:
 
 def fp8_linear_inputs(s: Shapes, random: Random) -> Inputs:
     table, (state,) = fp8_states(random, "linear")
-    arguments = (random.leaf(s.tokens, s.hidden), random.leaf(s.inner, s.hidden, scale=0.02), random.leaf(s.inner))
-    inputs = Inputs((*arguments, state), (random.values(s.tokens, s.inner),))
-    return settled(inputs, table, fp8_linear)
+    whole = mlp_inputs(s, random)
+    return settled(Inputs((*whole.arguments, state), whole.gradients), table, fp8_linear)
 
 
 def fp8_mlp_inputs(s: Shapes, random: Random) -> Inputs:
@@ -107,7 +86,7 @@ FORMS = (
     ),
     Case(
         "residual + two branches with biases, dropped",
-        make=branch_inputs,
+        make=lambda s, r: rows(s, r, 3, s.hidden, s.hidden),
         torch=torch_dropout,
         ours=own_dropout,
         forward=streams(4),
@@ -118,7 +97,7 @@ FORMS = (
         "linear + cross-entropy, z-loss",
         make=head_inputs,
         torch=torch_z_loss,
-        ours=own_z_loss,
+        ours=partial(own_head, z_loss=Z_LOSS),
         forward=lambda s: head_products(s, 1),
         both=lambda s: head_products(s, 3),
     ),
@@ -126,7 +105,8 @@ FORMS = (
         "linear + cross-entropy, a share of the words",
         make=head_inputs,
         torch=stock_head,
-        ours=own_share,
+        # As on a rank of a tensor group, whose messages take no time and change nothing.
+        ours=partial(own_head, all_max=as_it_is, all_sum=as_it_is),
         forward=lambda s: head_products(s, 1),
         both=lambda s: head_products(s, 3),
         timed=("ours",),

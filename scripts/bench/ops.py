@@ -1,5 +1,7 @@
 """Ops of a step: how each is called here, in torch and by Liger; what it has to do; what is owed on one H200."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -158,6 +160,10 @@ ATTENTION = (
 )
 
 
+def activation_inputs(s: Shapes, random: Random) -> Inputs:
+    return Inputs((random.leaf(s.tokens, s.inner), random.leaf(s.inner)), (random.values(s.tokens, s.inner),))
+
+
 def mlp_inputs(s: Shapes, random: Random) -> Inputs:
     arguments = (random.leaf(s.tokens, s.hidden), random.leaf(s.inner, s.hidden, scale=0.02), random.leaf(s.inner))
     return Inputs(arguments, (random.values(s.tokens, s.inner),))
@@ -179,7 +185,7 @@ ACTIVATIONS = (
     ),
     Case(
         "bias + GELU",
-        make=lambda s, r: Inputs((r.leaf(s.tokens, s.inner), r.leaf(s.inner)), (r.values(s.tokens, s.inner),)),
+        make=activation_inputs,
         torch=lambda x, bias: F.gelu(x + bias),
         ours=lambda x, bias, backend: kernels.bias_gelu(x, bias, "erf", backend=backend),
         forward=wides(2),
@@ -224,10 +230,10 @@ def stock_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
-def own_head(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str) -> Tensor:
+def own_head(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str, **form: Any) -> Tensor:
     """As the model does it, which knows the number of labels beforehand."""
     count = labels.numel()
-    return kernels.linear_cross_entropy(hidden, weight, labels, upstream=1 / count, backend=backend) / count
+    return kernels.linear_cross_entropy(hidden, weight, labels, upstream=1 / count, backend=backend, **form) / count
 
 
 def head_products(s: Shapes, count: int) -> Work:

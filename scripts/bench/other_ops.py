@@ -1,5 +1,7 @@
 """Ops that Pythia's step does not have, or has no target for: accurate and quick all the same."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,8 +32,10 @@ def torch_branches(x: Tensor, first: Tensor, second: Tensor, bias1: Tensor, bias
     return x + (first + bias1) + (second + bias2)
 
 
-def own_branches(x: Tensor, first: Tensor, second: Tensor, bias1: Tensor, bias2: Tensor, backend: str) -> Tensor:
-    return kernels.bias_dropout_residual(x, first, bias1, second, bias2, backend=backend)
+def own_branches(
+    x: Tensor, first: Tensor, second: Tensor, bias1: Tensor, bias2: Tensor, backend: str, **form: Any
+) -> Tensor:
+    return kernels.bias_dropout_residual(x, first, bias1, second, bias2, backend=backend, **form)
 
 
 def score_inputs(s: Shapes, random: Random) -> Inputs:

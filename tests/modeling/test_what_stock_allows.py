@@ -21,9 +21,9 @@ from tests.modeling.stock_steps import assert_same_step
 def test_labels_that_are_not_one_for_each_token(labels, skip_logits, kernels, make_pair, tokens):
     _, model = make_pair(kernels=kernels, num_hidden_layers=1)
     given = {"shift_labels": torch.zeros(2, 7).long()} if labels is None else {"labels": labels}
-    with pytest.raises(
-        ValueError, match=r"labels are torch\.\w+ \[.*\], for tokens \[2, 8\]; give one whole number for"
-    ):
+    count = "16" if skip_logits else "2, 8"
+    told = rf"labels are torch\.\w+ \[.*\], for tokens \[{count}\]; give one whole number for each"
+    with pytest.raises(ValueError, match=told):
         model(tokens(length=8), skip_logits=skip_logits, **given)
 
 
