@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate.utils import DynamoBackend
 from accelerate.utils.memory import clear_device_cache
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine as Driver
@@ -55,7 +54,6 @@ class PipelineEngine(DeepSpeedOptimizer):
         trainer = self.trainer
         self.take_accumulation()
         self._let_go()
-        self._compile_layers()
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, its topology and its seeds
             deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
             module = StageModule(self.stage, self.topology)
@@ -144,16 +142,6 @@ class PipelineEngine(DeepSpeedOptimizer):
         if self.topology.data > 1:
             dist.all_reduce(labels, group=self.topology.groups.data)
         return total, int(labels)
-
-    def _compile_layers(self) -> None:
-        """Compile each layer where the run compiles; a pipeline's schedule is no graph."""
-        plugin = self.trainer.accelerator.state.dynamo_plugin
-        if plugin.backend == DynamoBackend.NO:
-            return
-        kwargs = plugin.to_kwargs()
-        plugin.backend = DynamoBackend.NO  # Accelerate would have DeepSpeed compile the stage as a whole
-        for layer in self.stage.layers:
-            layer.compile(**kwargs)
 
 
 def _pieces(batches: Sequence[dict[str, Tensor]], weight: Tensor) -> Iterator[Piece]:

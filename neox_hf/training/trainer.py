@@ -28,6 +28,7 @@ from neox_hf.modeling.recompute import recompute_selectively
 from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.compiled_layers import compile_layers
 from neox_hf.training.divergence import GradientGuard
 from neox_hf.training.engine import engine_for
 from neox_hf.training.fp8_run import Fp8Run
@@ -148,6 +149,7 @@ class NeoXTrainer(Trainer):
         return super()._prepare_input(data)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        compile_layers(model, self.args, self.accelerator)
         wrapped = super()._wrap_model(model, training, dataloader)
         return self.engine.prepare(wrapped) if training else wrapped
 
