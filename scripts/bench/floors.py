@@ -15,7 +15,6 @@ PRODUCTS = 675e12
 HEAD_PRODUCTS = 710e12
 """FLOP/s of the head's three products, the best of all shapes."""
 
-
 FP8_PRODUCTS = 1322e12
 """FLOP/s of eight-bit products 8192^3, one scale a tensor."""
 

@@ -13,9 +13,9 @@ from neox_hf.kernels.fp8_linear import Fp8Linear, fp8_linear, slot_dtypes
 from neox_hf.kernels.fp8_mlp import fp8_mlp
 from neox_hf.kernels.fp8_scales import Fp8Scales
 from scripts.bench.case import Case, streams, wides
-from scripts.bench.floors import FP8_PRODUCTS, Shapes, Work
+from scripts.bench.floors import FP8_PRODUCTS, Shapes
 from scripts.bench.inputs import Inputs, Random
-from scripts.bench.ops import activation_inputs, head_inputs, head_products, mlp_inputs, own_head, stock_head
+from scripts.bench.ops import activation_inputs, head_inputs, head_products, mlp_inputs, own_head, products, stock_head
 from scripts.bench.other_ops import own_branches, rows
 
 DROPPED = 0.1
@@ -71,10 +71,6 @@ def torch_mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: T
     return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
 
 
-def eight_bit_products(s: Shapes, count: int) -> Work:
-    return Work(flops=count * 2 * s.tokens * s.hidden * s.inner, rate=FP8_PRODUCTS)
-
-
 FORMS = (
     Case(
         "bias + GELU, tanh",
@@ -98,8 +94,8 @@ FORMS = (
         make=head_inputs,
         torch=torch_z_loss,
         ours=partial(own_head, z_loss=Z_LOSS),
-        forward=lambda s: head_products(s, 1),
-        both=lambda s: head_products(s, 3),
+        forward=head_products(1),
+        both=head_products(3),
     ),
     Case(
         "linear + cross-entropy, a share of the words",
@@ -107,8 +103,8 @@ FORMS = (
         torch=stock_head,
         # As on a rank of a tensor group, whose messages take no time and change nothing.
         ours=partial(own_head, all_max=as_it_is, all_sum=as_it_is),
-        forward=lambda s: head_products(s, 1),
-        both=lambda s: head_products(s, 3),
+        forward=head_products(1),
+        both=head_products(3),
         timed=("ours",),
     ),
     Case(
@@ -116,8 +112,8 @@ FORMS = (
         make=fp8_linear_inputs,
         torch=lambda x, weight, bias, _: F.linear(x, weight, bias),
         ours=lambda *given, backend: fp8_linear(*given),
-        forward=lambda s: eight_bit_products(s, 1),
-        both=lambda s: eight_bit_products(s, 3),
+        forward=products(1, FP8_PRODUCTS),
+        both=products(3, FP8_PRODUCTS),
         checked=False,
     ),
     Case(
@@ -125,8 +121,8 @@ FORMS = (
         make=fp8_mlp_inputs,
         torch=torch_mlp,
         ours=lambda *given, backend: fp8_mlp(*given),
-        forward=lambda s: eight_bit_products(s, 2),
-        both=lambda s: eight_bit_products(s, 6),
+        forward=products(2, FP8_PRODUCTS),
+        both=products(6, FP8_PRODUCTS),
         checked=False,
     ),
 )

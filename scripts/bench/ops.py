@@ -1,5 +1,6 @@
 """Ops of a step: how each is called here, in torch and by Liger; what it has to do; what is owed on one H200."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from neox_hf.kernels.document_spans import spans_of_positions
 from neox_hf.kernels.qkv_gradient import HANDED_OVER, heads
 from scripts.bench import liger
 from scripts.bench.case import Case, streams, wides
-from scripts.bench.floors import HEAD_PRODUCTS, Shapes, Work
+from scripts.bench.floors import HEAD_PRODUCTS, PRODUCTS, Shapes, Work
 from scripts.bench.inputs import Inputs, Random
 
 EPS = 1e-5
@@ -169,8 +170,8 @@ def mlp_inputs(s: Shapes, random: Random) -> Inputs:
     return Inputs(arguments, (random.values(s.tokens, s.inner),))
 
 
-def products(s: Shapes, count: int) -> Work:
-    return Work(flops=count * 2 * s.tokens * s.hidden * s.inner)
+def products(count: int, rate: float = PRODUCTS) -> Callable[[Shapes], Work]:
+    return lambda s: Work(flops=count * 2 * s.tokens * s.hidden * s.inner, rate=rate)
 
 
 ACTIVATIONS = (
@@ -197,8 +198,8 @@ ACTIVATIONS = (
         make=mlp_inputs,
         torch=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)),
         ours=lambda x, weight, bias, backend: kernels.linear_gelu(x, weight, bias, "erf", backend=backend),
-        forward=lambda s: products(s, 1),
-        both=lambda s: products(s, 3),
+        forward=products(1),
+        both=products(3),
         targets=(0.880, 2.60),
     ),
 )
@@ -236,8 +237,8 @@ def own_head(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str, **for
     return kernels.linear_cross_entropy(hidden, weight, labels, upstream=1 / count, backend=backend, **form) / count
 
 
-def head_products(s: Shapes, count: int) -> Work:
-    return Work(flops=count * 2 * s.tokens * s.hidden * s.vocabulary, rate=HEAD_PRODUCTS)
+def head_products(count: int) -> Callable[[Shapes], Work]:
+    return lambda s: Work(flops=count * 2 * s.tokens * s.hidden * s.vocabulary, rate=HEAD_PRODUCTS)
 
 
 LOSSES = (
@@ -257,8 +258,8 @@ LOSSES = (
         make=head_inputs,
         torch=stock_head,
         ours=own_head,
-        forward=lambda s: head_products(s, 1),
-        both=lambda s: head_products(s, 3),
+        forward=head_products(1),
+        both=head_products(3),
         targets=(None, 15.2),
         most_gib=0.6,
         liger=liger.linear_cross_entropy,
@@ -268,8 +269,8 @@ LOSSES = (
         make=lambda s, r: head_inputs(s, r, wide_gradient=True),
         torch=stock_head,
         ours=own_head,
-        forward=lambda s: head_products(s, 1),
-        both=lambda s: head_products(s, 3),
+        forward=head_products(1),
+        both=head_products(3),
         targets=(None, 15.5),
         liger=lambda: liger.linear_cross_entropy(torch.float32),
         timed=("ours", "liger"),
