@@ -302,7 +302,9 @@ def adamw_triton(
     zero_gradients: bool,
     tables: TensorTables,
 ) -> None:
-    copies = [g.contiguous() for g in tensors.gradients]
+    if tensors.steps[0].dtype != torch.float32:
+        raise ValueError(f"adamw_ was given steps of {tensors.steps[0].dtype}; its kernel counts in fp32")
+    copies = [(g if g.dtype in ELEMENT_TYPES else g.float()).contiguous() for g in tensors.gradients]
     columns = tensors.columns
     columns[1] = copies
     split = tensors.has_remainders
@@ -375,7 +377,8 @@ def adamw_(
         tables: the caller's, if it comes back with the same tensors.
 
     Raises:
-        ValueError: a weight or its state has gaps or lies elsewhere, and the kernel was chosen.
+        ValueError: a weight or its state has gaps, lies elsewhere, is not as long as the other or of a dtype that is
+            not read, and the kernel was chosen.
     """
     tables = TensorTables() if tables is None else tables
     for part in tensors.alike():

@@ -124,7 +124,7 @@ def flash_attn_backward(
         key,
         value,
         output,
-        upstream,
+        upstream.contiguous(),
         log_sum,
         softmax_scale=scale,
         causal=True,

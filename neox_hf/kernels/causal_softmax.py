@@ -98,8 +98,8 @@ def _forward_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     seen = _keys_seen(row, rows, queries, keys)
     at = (row.to(tl.int64) * keys)[:, None]
-    head = (row // queries).to(tl.int64)
-    mask_at = (head // heads * mask_batch + head % heads * mask_head + row % queries * mask_query)[:, None]
+    head, query = (row // queries).to(tl.int64), (row % queries).to(tl.int64)
+    mask_at = (head // heads * mask_batch + head % heads * mask_head + query * mask_query)[:, None]
     key = tl.arange(0, BLOCK)
     if WHOLE:
         z = _logits(scores, mask, at, mask_at, key, keys, seen, scale)
@@ -294,8 +294,11 @@ def causal_softmax(
     the scores, where nothing else needs them (a matrix product does not need its result).
 
     Raises:
-        ValueError: the mask does not fit the scores, is not of a floating dtype, or wants a gradient.
+        ValueError: the scores have not four dimensions, or the mask does not fit them, is not of a floating dtype, or
+            wants a gradient.
     """
+    if scores.dim() != 4:
+        raise ValueError(f"causal_softmax was given scores {list(scores.shape)}; it wants [B, N, Q, K]")
     if mask is not None:
         fits = mask.dim() == 4 and mask.shape[2:] == scores.shape[2:]
         if not fits or any(m not in (1, s) for m, s in zip(mask.shape[:2], scores.shape[:2], strict=True)):

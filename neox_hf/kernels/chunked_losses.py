@@ -151,9 +151,10 @@ def _losses_and_gradient_(logits: Tensor, labels: Tensor, losses: Tensor, factor
 
 
 def empty_gradient(hidden: Tensor, factor: Tensor | None) -> Tensor:
-    """Room for hidden's gradient. One that a factor is still to come to is not rounded before."""
+    """Room for hidden's gradient, row by row however hidden lies. One that a factor is still to come to is not rounded
+    before."""
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.empty_like(hidden, dtype=precise if factor is None else None)
+    return hidden.new_empty(hidden.shape, dtype=precise if factor is None else None)
 
 
 def _aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:

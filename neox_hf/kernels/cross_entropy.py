@@ -135,7 +135,7 @@ def cross_entropy(
     """
     next_labels = labels_of_next_tokens(labels, shift_labels, ignore_index).to(logits.device)
     check_labels(next_labels, logits.shape[:-1])
-    next_labels = next_labels.reshape(-1)
+    next_labels = next_labels.reshape(-1).long()
     rows = logits.reshape(-1, logits.shape[-1])
     total = CROSS_ENTROPY.choose(backend, logits)(rows, next_labels, ignore_index, z_loss)
     return mean_over_labels(total, next_labels, num_items_in_batch, ignore_index)

@@ -23,9 +23,12 @@ from neox_hf.kernels.row_norm import row_norm
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """torch's own layer norm, which keeps its statistics in fp32 for every dtype, but wants one dtype."""
     width = (x.shape[-1],)
-    if weight.dtype == x.dtype or autocast_dtype(x.device) is not None:
+    alike = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    if alike or autocast_dtype(x.device) is not None:
         return F.layer_norm(x, width, weight, bias, eps)
     wide = torch.promote_types(x.dtype, weight.dtype)
+    if bias is not None:
+        wide = torch.promote_types(wide, bias.dtype)
     return F.layer_norm(x.to(wide), width, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
 
 

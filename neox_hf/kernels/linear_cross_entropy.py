@@ -91,7 +91,7 @@ def _(
     nothing = hidden.new_empty
     return (
         nothing((), dtype=precise),
-        torch.empty_like(hidden, dtype=precise if factor is None else None) if wants_hidden else nothing(0),
+        nothing(hidden.shape, dtype=precise if factor is None else None) if wants_hidden else nothing(0),
         nothing(weight.shape, dtype=precise) if wants_weight and into is None else nothing(0),
     )
 
@@ -217,9 +217,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of the loss of hidden [N, H] through the head weight [V, H].
 
-    labels int64 [N] count words of the whole vocabulary; `ignore_index` counts for nothing. z_loss: weight of the
-    squared log-sum-exp in each token's loss. weight holds the words from `first_row` on; after `rows` of them (all, if
-    not given) come rows of padding, which no probability or gradient reaches. chunk: tokens at a time.
+    labels [N], in any shape, count words of the whole vocabulary; `ignore_index` counts for nothing. z_loss: weight of
+    the squared log-sum-exp in each token's loss. weight holds the words from `first_row` on; after `rows` of them (all,
+    if not given) come rows of padding, which no probability or gradient reaches. chunk: tokens at a time.
     all_max and all_sum reduce a tensor in place over the ranks that share the vocabulary; each is called once a chunk
     on every rank, which all give the same hidden, labels and chunk. Every rank gets the same sum, and hidden's gradient
     through its own rows only: the gradients of all ranks add up to the whole.
@@ -237,8 +237,8 @@ def linear_cross_entropy(
     by a device-side assertion).
 
     Raises:
-        ValueError: a chunk of no token, one of the reductions without the other, labels that are not one whole number
-            for each token, or an `accumulate_into` that does not fit.
+        ValueError: a chunk of no token, a weight of no word, one of the reductions without the other, labels that are
+            not one whole number for each token, or an `accumulate_into` that does not fit.
     """
     check_labels(labels, hidden.shape[:1])
     if (all_max is None) != (all_sum is None):
@@ -246,6 +246,8 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy was given {given} without {missing}; a split vocabulary needs both")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: a chunk has at least one token")
+    if weight.shape[0] == 0:
+        raise ValueError(f"a head of weight {list(weight.shape)} has no word to give a probability to")
     if accumulate_into is not None:
         _check_buffer(accumulate_into, weight, upstream)
     share = VocabularyShare(first_row, weight.shape[0] if rows is None else rows, all_max, all_sum)
@@ -253,7 +255,7 @@ def linear_cross_entropy(
     implementation = LINEAR_CROSS_ENTROPY.choose(backend, weight)
     if all_max is not None:
         implementation = torch.compiler.disable(implementation)  # a graph would be split at each reduction
-    labels = labels.to(hidden.device).contiguous()
+    labels = labels.to(hidden.device, torch.int64).reshape(-1).contiguous()
     return implementation(hidden, weight, labels, _as_factor(upstream, weight), accumulate_into, job)
 
 

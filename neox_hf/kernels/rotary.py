@@ -113,6 +113,7 @@ def _assemble_kernel(
     the sums over its tokens there.
     """
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
+    far = head.to(tl.int64)  # a step from head to head may be most of a tensor
     columns = tl.arange(0, BLOCK_SIZE)
     turned = columns < 2 * HALF
     column = columns[None, None, :]
@@ -134,9 +135,9 @@ def _assemble_kernel(
         inside = (token < tokens)[:, None, None] & (head < HEADS) & (column < SIZE)
         paired = inside & turned[None, None, :]
         batch, position = batch.to(tl.int64)[:, None, None], position.to(tl.int64)[:, None, None]
-        from_query = query + (batch * query_batch + head * query_head + position * query_token)
-        from_key = key + (batch * key_batch + head * key_head + position * key_token)
-        from_value = value + (batch * value_batch + head * value_head + position * value_token)
+        from_query = query + (batch * query_batch + far * query_head + position * query_token)
+        from_key = key + (batch * key_batch + far * key_head + position * key_token)
+        from_value = value + (batch * value_batch + far * value_head + position * value_token)
         q = _load_turned(from_query, column, partner, c, s, inside, paired)
         k = _load_turned(from_key, column, partner, c, s, inside, paired)
         v = tl.load(from_value + column, mask=inside, other=0.0)

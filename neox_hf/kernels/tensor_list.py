@@ -73,7 +73,8 @@ class TensorTables:
         """The table of `columns`, each a list with one tensor for each row.
 
         Raises:
-            ValueError: a tensor is not contiguous, or on another device than the first.
+            ValueError: a tensor is not contiguous, of a dtype that no kernel reads, on another device than the first,
+                or neither as long as the first of its row nor one number.
         """
         device = columns[0][0].device
         shape = (device, len(columns), largest_chunk, *[tensor.numel() for tensor in columns[0]])
@@ -81,6 +82,7 @@ class TensorTables:
         known, table = self._tables.get(shape, (None, None))
         if known != pointers:
             _check(columns, device)
+            _check_lengths(columns)
             if shape not in self._layouts:
                 self._layouts[shape] = layout_of(shape[3:], device, largest_chunk)
             addresses = _on_device(torch.tensor(pointers, dtype=torch.int64), device).view(-1, len(columns))
@@ -114,6 +116,19 @@ def _check(columns: Sequence[Sequence[Tensor]], device: torch.device) -> None:
                 f"a kernel over many tensors wants all contiguous and on {device}, and found one of shape "
                 f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; use kernels='torch'"
             )
+        if tensor.dtype not in ELEMENT_TYPES:
+            readable = ", ".join(str(dtype) for dtype in ELEMENT_TYPES)
+            raise ValueError(f"a kernel over many tensors reads {readable}, not {tensor.dtype}; use kernels='torch'")
+
+
+def _check_lengths(columns: Sequence[Sequence[Tensor]]) -> None:
+    for first, *others in zip(*columns, strict=True):
+        for tensor in others:
+            if tensor.numel() not in (1, first.numel()):
+                raise ValueError(
+                    f"a parameter of shape {tuple(first.shape)} has something of shape {tuple(tensor.shape)} beside "
+                    "it, which is neither as long nor one number"
+                )
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from neox_hf.kernels import AdamWRates, AdamWTensors, TensorTables, adamw_
 from neox_hf.kernels.adamw import whole_masters
 from neox_hf.kernels.split_fp32 import split_fp32
+from tests.kernels.layouts import laid_out
 
 DEVICES = [*([] if torch.cuda.is_available() else ["cpu"]), pytest.param("cuda", marks=pytest.mark.gpu)]
 """Kernels are interpreted on the CPU only where there is no CUDA."""
@@ -251,6 +252,36 @@ def test_weights_with_gaps_are_refused(device):
     with pytest.raises(ValueError, match=r"wants all contiguous.*shape \(6, 4\) with strides \(1, 6\) on .*torch"):
         adamw_(gaps, RATES, backend="triton")
     adamw_(gaps, RATES, backend="torch")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", ["transposed", "stepped", "cut out", "expanded", "fp64"])
+def test_gradients_may_lie_as_they_like_and_be_of_any_dtype(change, backend, device):
+    tensors = tensors_of(KINDS["bf16"], device, [(37, 61), (9,)])
+    if change == "fp64":
+        given = [g.double() for g in tensors.gradients]
+    else:
+        given = [laid_out(change, g) for g in tensors.gradients]
+    tensors = AdamWTensors(**{**vars(tensors), "gradients": given})
+    plain = copied(AdamWTensors(**{**vars(tensors), "gradients": [g.float().contiguous() for g in given]}))
+    for each in (tensors, plain):
+        adamw_(each, RATES, zero_gradients=change != "expanded", backend=backend)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in pairs(tensors, plain))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_the_kernel_does_not_read_is_refused(device):
+    tensors = tensors_of(KINDS["fp32"], device, [(4, 6)])
+    wide = AdamWTensors(**{**vars(tensors), "exp_avgs": [m.double() for m in tensors.exp_avgs]})
+    with pytest.raises(ValueError, match=r"reads torch\.float32, .*, not torch\.float64; use kernels='torch'"):
+        adamw_(wide, RATES, backend="triton")
+    whole_steps = AdamWTensors(**{**vars(tensors), "steps": [t.long() for t in tensors.steps]})
+    with pytest.raises(ValueError, match=r"was given steps of torch\.int64; its kernel counts in fp32"):
+        adamw_(whole_steps, RATES, backend="triton")
+    short = AdamWTensors(**{**vars(tensors), "exp_avgs": [m[:3] for m in tensors.exp_avgs]})
+    with pytest.raises(ValueError, match=r"of shape \(4, 6\) has something of shape \(3, 6\) beside it"):
+        adamw_(short, RATES, backend="triton")
 
 
 def test_fp64_stays_fp64():

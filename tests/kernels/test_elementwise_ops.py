@@ -104,6 +104,8 @@ def test_causal_softmax(assert_follows, queries, keys):
 
 def test_misfits_of_causal_softmax_are_refused():
     scores = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"given scores \[3, 4, 4\]; it wants"):
+        causal_softmax(scores[0], 1.0)
     with pytest.raises(ValueError, match=r"given a mask \[4, 4\] for scores \[2, 3, 4, 4\]; it wants"):
         causal_softmax(scores, 1.0, torch.zeros(4, 4))
     with pytest.raises(ValueError, match=r"given a mask \[3, 1, 4, 4\]"):

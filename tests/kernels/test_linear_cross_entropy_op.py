@@ -340,6 +340,14 @@ def test_a_compiler_leaves_it_alone():
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_labels_of_another_shape_and_dtype(backend):
+    hidden, weight, labels = inputs(tokens=12)
+    wanted = linear_cross_entropy(hidden, weight, labels, backend=backend)
+    for same in (labels.view(3, 4), labels[:, None], labels.int()):
+        assert torch.equal(linear_cross_entropy(hidden, weight, same, backend=backend), wanted)
+
+
 def test_extreme_logits_stay_finite():
     hidden, weight, labels = inputs()
     found = with_gradients(linear_cross_entropy, hidden * 100, weight * 100, labels)
@@ -350,6 +358,12 @@ def test_extreme_logits_stay_finite():
     assert_all_close(
         (split[0][0], split[0][1] + split[1][1], torch.cat([s[2] for s in split])[:VOCABULARY]), found, 1e-5
     )
+
+
+def test_a_head_without_a_word_is_refused():
+    hidden, weight, labels = inputs()
+    with pytest.raises(ValueError, match=r"a head of weight \[0, \d+\] has no word"):
+        linear_cross_entropy(hidden, weight[:0], labels)
 
 
 def test_chunk_without_a_token_is_refused():

@@ -79,6 +79,15 @@ def test_results_have_the_dtype_of_x(name, dtype, weight_dtype):
     assert getattr(kernels, name)(*inputs, EPS).dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "dual_layer_norm"])
+def test_a_bias_may_be_wider_than_its_weight(name):
+    inputs = inputs_of(name, (2, 8), torch.bfloat16)
+    inputs[-1] = inputs[-1].float()
+    results = [getattr(kernels, name)(*inputs, EPS, backend=backend) for backend in ("torch", "triton")]
+    for ours, theirs in zip(*((y if isinstance(y, tuple) else (y,)) for y in results), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
+
+
 def test_under_autocast_layer_norm_is_torch_s():
     inputs = inputs_of("layer_norm", (2, 8), torch.bfloat16, weight_dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -42,6 +42,18 @@ def test_tensors_elsewhere_are_refused():
         TensorTables().table([[torch.zeros(3), torch.zeros(3, device="meta")]])
 
 
+def test_tensors_that_are_not_as_long_are_refused():
+    weight = torch.zeros(3, 4)
+    TensorTables().table([[weight], [torch.zeros(4, 3)], [torch.zeros(())]])
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3, 4\) has something of shape \(11,\) beside it"):
+        TensorTables().table([[weight], [torch.zeros(11)]])
+
+
+def test_dtypes_that_no_kernel_reads_are_refused():
+    with pytest.raises(ValueError, match=r"reads torch\.float32, .*, not torch\.float64; use kernels='torch'"):
+        TensorTables().table([[torch.zeros(3, dtype=torch.float64)]])
+
+
 def test_columns_have_one_tensor_for_each_row():
     with pytest.raises(ValueError, match="shorter"):
         TensorTables().table([[torch.zeros(3), torch.zeros(4)], [torch.zeros(3)]])
