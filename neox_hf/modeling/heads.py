@@ -21,6 +21,10 @@ logger = logging.get_logger(__name__)
 class GPTNeoXForSequenceClassification(GPTNeoXPreTrainedModel):
     """One class, or one number, per sequence, read from its last token that is not padding."""
 
+    # Not all of its losses can be divided by a number from outside. So HF's Trainer does not pass one, and divides the
+    # loss by the micro-batches of a step; of `**kwargs` in `forward` it would conclude that we do.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: GPTNeoXConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -107,9 +111,12 @@ class GPTNeoXForTokenClassification(GPTNeoXPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> tuple | TokenClassifierOutput:
-        """Scores [B, S, num_labels]; labels int64 [B, S], not shifted, -100 for none."""
+        """Scores [B, S, num_labels]; labels int64 [B, S], not shifted, -100 for none. `num_items_in_batch` divides the
+        summed loss where a step has more than this batch.
+        """
         outputs = self.gpt_neox(
             input_ids,
             attention_mask=attention_mask,
@@ -120,7 +127,11 @@ class GPTNeoXForTokenClassification(GPTNeoXPreTrainedModel):
             **kwargs,
         )
         scores = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(scores, labels, self.config)
+        loss = None
+        if labels is not None:
+            # HF's Trainer takes this loss for one that is divided by the labels of the whole step already.
+            counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(scores, labels, self.config, **counted)
         return TokenClassifierOutput(
             loss=loss, logits=scores, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

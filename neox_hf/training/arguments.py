@@ -1,11 +1,34 @@
 """The `train:` section of a recipe: every field of HF's TrainingArguments, and the few it lacks."""
 
+import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from transformers import TrainingArguments
 
-from neox_hf.training.precision import Precision, precision_here, precision_of
+from neox_hf.training.field_types import settle_values
+from neox_hf.training.precision import Precision, precision_asked, precision_of
+
+logger = logging.getLogger(__name__)
+
+OWN_FIELDS = (
+    "precision",
+    "activation_checkpointing",
+    "cuda_graphs",
+    "lr_decay_style",
+    "lr_warmup_fraction",
+    "lr_decay_steps",
+    "min_lr",
+    "save_schedule",
+    "save_in_background",
+    "z_loss",
+    "nan_policy",
+    "max_skipped_steps",
+    "peak_tflops",
+)
+"""Those that HF's arguments lack. Values of HF's own fields are HF's to check."""
+
+EPOCHS_BY_DEFAULT = TrainingArguments.num_train_epochs
 
 
 @dataclass
@@ -16,8 +39,8 @@ class NeoXTrainingArguments(TrainingArguments):
         master weights, moments and gradient accumulation); `pure_bf16` (weights, moments and gradients all bf16: half
         the memory and traffic of the optimizer, and updates below a weight's last bit are lost); `fp16` (as bf16 with
         a dynamic loss scale; DeepSpeed on CUDA alone); `fp8` (as bf16, but the products of the blocks' linears are in
-        eight bits; one GPU or replicas of the model, of CUDA capability 8.9 or above). `auto` is bf16 on CUDA and fp32
-        elsewhere.
+        eight bits; one GPU or replicas of the model, of CUDA capability 8.9 or above). `auto` is what HF's `bf16` or
+        `fp16` asks for (`amp`, `fp16`), else bf16 on CUDA and fp32 elsewhere.
     activation_checkpointing: what the backward pass computes again: `none`, `full` blocks, or, `selective`, what is
         cheap to compute and large to keep. `true` and `false` are transformers' words for `full` and `none`.
     cuda_graphs: run the layers as CUDA graphs, one launch for all of them each way, for devices that are faster than
@@ -36,33 +59,44 @@ class NeoXTrainingArguments(TrainingArguments):
     """
 
     precision: Literal["auto", "fp32", "amp", "bf16", "pure_bf16", "fp16", "fp8"] = "auto"
-    activation_checkpointing: Literal["none", "full", "selective"] | bool | None = None
-    cuda_graphs: Literal["auto"] | bool = "auto"
+    activation_checkpointing: Annotated[str | None, Literal["none", "full", "selective"] | bool | None] = None
+    cuda_graphs: Annotated[str, Literal["auto"] | bool] = "auto"
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] | None = None
     lr_warmup_fraction: float = 0.01
     lr_decay_steps: int | None = None
     min_lr: float = 0.0
-    save_schedule: Literal["every", "none", "pythia"] | list[int] = "every"
+    save_schedule: Annotated[str, Literal["every", "none", "pythia"] | list[int]] = "every"
     save_in_background: bool = True
     z_loss: float = 0.0
     nan_policy: Literal["raise", "skip"] = "raise"
     max_skipped_steps: int = 10
     peak_tflops: float | None = None
 
-    # Defaults that differ from HF's: a stream is endless, data position is restored rather than replayed,
-    # and a NaN is never hidden from the log.
+    # Defaults that differ from HF's: a stream is endless, and a NaN is never hidden from the log.
     max_steps: int = 1000
-    ignore_data_skip: bool = True
     logging_nan_inf_filter: bool = False
     logging_first_step: bool = True
-    report_to: str | list[str] | None = field(default_factory=list)
+    report_to: None | str | list[str] = field(default_factory=list)  # noqa: RUF036 (HF's parser looks at the second)
     include_num_input_tokens_seen: str | bool = "no"
     average_tokens_across_devices: bool = True
     ddp_find_unused_parameters: bool | None = False
     remove_unused_columns: bool | None = False
 
     def __post_init__(self) -> None:
-        self.precision = precision_here(self.precision)
+        settle_values(self, OWN_FIELDS)
+        self.precision = precision_asked(self.precision, bf16=self.bf16, fp16=self.fp16)
+        if self.numeric.scaled and not self.deepspeed:
+            raise ValueError(
+                "precision='fp16' needs DeepSpeed, whose dynamic loss scale keeps gradients from vanishing; give a "
+                "configuration as deepspeed=, or choose bf16, amp or fp32"
+            )
+        if self.save_schedule != "every":
+            self.save_strategy = "no"  # the schedule's own callback asks for its steps
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
+            self.greater_is_better = False  # HF takes more of anything for better that does not end in `loss`
+        if self.max_steps > 0 and self.num_train_epochs != EPOCHS_BY_DEFAULT:
+            told = "num_train_epochs=%s is not used: max_steps=%d ends the run; give max_steps=-1 to train by epochs"
+            logger.warning(told, self.num_train_epochs, self.max_steps)
         # To HF a flag means autocast; with DeepSpeed it means the dtype of the weights, and must agree with its config.
         self.bf16 = self.numeric.autocast or (bool(self.deepspeed) and self.precision == "bf16")
         self.fp16 = bool(self.deepspeed) and self.precision == "fp16"

@@ -23,6 +23,7 @@ from neox_hf.parallel.shards import shards_of
 from neox_hf.training.fused_adamw import FusedAdamW
 from neox_hf.training.graphs import graph_layers
 from neox_hf.training.label_weights import WeighedBatches
+from neox_hf.training.optimizers import check_keeps_masters
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -98,6 +99,7 @@ class NativeEngine(OptimizerBoxes):
     """Accelerate's replicas, or ours where gradients must be fp32 under bf16 weights; the stock step and loop."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        check_keeps_masters(self.optimizer, self.trainer.args)  # which may be the user's own
         if isinstance(model, DataParallel) or not self.trainer.args.numeric.master:
             return model
         # A launcher's world of one counts: on a CPU Accelerate would wrap that in DistributedDataParallel too.
@@ -131,6 +133,8 @@ class NativeEngine(OptimizerBoxes):
     def begin(self) -> None:
         """Products sum their weights' gradients where no one listens to autograd's own sums, as torch's DDP does. On a
         CPU that would be slower than autograd."""
+        if isinstance(self.optimizer, FusedAdamW):
+            self.optimizer.forget_clipping()  # of the run before, with the same optimizer
         args = self.trainer.args
         alone = self.trainer.accelerator.distributed_type == DistributedType.NO
         if alone and not args.numeric.autocast and args.device.type != "cpu":

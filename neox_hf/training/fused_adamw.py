@@ -123,6 +123,11 @@ class AdamW(torch.optim.AdamW):
         self.skip = ~norm.isfinite()
         return norm
 
+    def forget_clipping(self) -> None:
+        """Have gradients count for what they are, whatever `clip_in_step` has prepared: a run that does not clip never
+        calls it, and would go on with what is left."""
+        self.gradient_factor = self.skip = None
+
     def _norm(self, parameters: list[Tensor]) -> Tensor:
         parts = self.parts
         counted = [p.grad for p in parameters if parts is None or parts.counts(p)]

@@ -11,6 +11,7 @@ from neox_hf.errors import RecipeError
 from neox_hf.kernels.split_fp32 import join_fp32, split_fp32
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.fused_adamw import REMAINDER, FusedAdamW
+from neox_hf.training.optimizer_arguments import arguments_problem
 
 FUSED = "adamw_torch_fused"
 WITH_MASTER_WEIGHTS = (FUSED, "adamw_torch")
@@ -83,16 +84,41 @@ def optimizer_class(
         kernels: `auto | triton | torch`, who computes the step of `adamw_torch_fused`.
 
     Raises:
-        RecipeError: the precision keeps fp32 master weights, and this optimizer cannot.
+        RecipeError: the precision keeps fp32 master weights, and this optimizer cannot; or `train.optim_args` has
+            something that it does not take.
     """
-    name, kwargs = str(args.optim.value), stock[1]
+    name, kwargs = str(args.optim.value), _in_floats(stock[1])
+    if problem := arguments_problem(name, args.optim_args):
+        raise RecipeError(f"train.optim_args={args.optim_args!r} {problem}")
     if args.keeps_master and name not in WITH_MASTER_WEIGHTS:
-        raise RecipeError(
-            f"train.optim={name!r} has no fp32 master weights, which train.precision={args.precision!r} keeps; "
-            f"use {' or '.join(WITH_MASTER_WEIGHTS)}, or train.precision=amp"
-        )
+        raise RecipeError(_without_masters(f"train.optim={name!r}", args))
     if not (args.keeps_master or name == FUSED):
-        return stock
+        return stock[0], kwargs
     kept = {name: kwargs[name] for name in ("lr", "betas", "eps") if name in kwargs}
     ours = MasterAdamW if args.keeps_master else FusedAdamW
     return ours, {**kept, "fused": bool(kwargs.get("fused")), "kernels": kernels}
+
+
+def check_keeps_masters(optimizer: object | None, args: NeoXTrainingArguments) -> None:
+    """Make sure that an optimizer, whoever made it, has what `train.precision` keeps. None is yet to be made.
+
+    Raises:
+        RecipeError: the precision keeps fp32 master weights, and this optimizer does not.
+    """
+    if optimizer is not None and args.keeps_master and not getattr(optimizer, "keeps_masters", False):
+        made = type(optimizer)
+        raise RecipeError(_without_masters(f"the optimizer {made.__module__}.{made.__qualname__}", args))
+
+
+def _without_masters(optimizer: str, args: NeoXTrainingArguments) -> str:
+    return (
+        f"{optimizer} has no fp32 master weights, which train.precision={args.precision!r} keeps; use train.optim="
+        f"{' or '.join(WITH_MASTER_WEIGHTS)} and give no other, or train.precision=amp"
+    )
+
+
+def _in_floats(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A recipe may have whole numbers, which torch's AdamW does not take for betas."""
+    numbers = {name: float(kwargs[name]) for name in ("lr", "eps") if isinstance(kwargs.get(name), int)}
+    betas = {"betas": tuple(float(beta) for beta in kwargs["betas"])} if "betas" in kwargs else {}
+    return {**kwargs, **numbers, **betas}

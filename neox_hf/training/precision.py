@@ -55,6 +55,21 @@ def precision_here(name: str) -> str:
     return default_precision() if name == "auto" else name
 
 
+def precision_asked(name: str, *, bf16: bool, fp16: bool) -> str:
+    """What `name` comes to on this host beside HF's two flags, which decide what `auto` is, and mean autocast there.
+
+    Raises:
+        ValueError: a flag contradicts `name`.
+    """
+    if name == "auto" and bf16 != fp16:
+        return "amp" if bf16 else "fp16"
+    name = precision_here(name)
+    for flag, raised, fits in (("bf16", bf16, name not in ("fp32", "fp16")), ("fp16", fp16, name == "fp16")):
+        if raised and not fits:
+            raise ValueError(f"{flag}=True beside precision={name!r}; leave out one of the two")
+    return name
+
+
 def precision_of(name: str) -> Precision:
     """The row called `name`.
 

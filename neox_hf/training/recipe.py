@@ -151,8 +151,6 @@ class Recipe:
         del values["global_batch_size"]
         values["gradient_accumulation_steps"] = self.accumulation_steps(launched)
         values["deepspeed"] = deepspeed
-        if self.train.save_schedule != "every":
-            values["save_strategy"] = "no"  # the schedule's own callback asks for its steps
         if not on_cuda:
             prepare_deepspeed_on_cpu()
         if deepspeed is not None:

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from transformers.activations import ACT2FN
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.training_args import trainer_log_levels
 
 from neox_hf.checkpoint.settings import HubSettings
 from neox_hf.config import Problem
@@ -22,10 +23,12 @@ from neox_hf.kernels.language import runs_on
 from neox_hf.modeling.initialization import INIT_METHODS
 from neox_hf.modeling.presets import PRESETS
 from neox_hf.modeling.settings import NEED_NO_NEW_WEIGHTS, ModelSettings
+from neox_hf.training.optimizer_arguments import arguments_problem
 from neox_hf.training.optimizers import WITH_MASTER_WEIGHTS
 from neox_hf.training.precision import precision_here, precision_of
 from neox_hf.training.recipe_packages import missing_for_attention, missing_for_optimizer
 from neox_hf.training.recipe_values import DDP_KEYS, changed, did_you_mean
+from neox_hf.training.train_section import METRICS
 
 BYTE_TOKENS = 257
 """256 bytes and the end-of-document token."""
@@ -179,6 +182,14 @@ def train_problems(train: Any, data: DataSettings) -> Iterator[Problem]:
     yield from _best_model_problems(train)
     yield from _optimizer_problems(train)
     yield from _recompute_problems(train)
+    yield from _log_problems(train)
+
+
+def _log_problems(train: Any) -> Iterator[Problem]:
+    for key in ("log_level", "log_level_replica"):
+        level = getattr(train, key)
+        if level not in trainer_log_levels:
+            yield Problem(("train", key), level, "is unknown" + did_you_mean(level, trainer_log_levels))
     known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
     for name in [train.report_to] if isinstance(train.report_to, str) else train.report_to or []:
         if name not in known:
@@ -232,6 +243,8 @@ def _optimizer_problems(train: Any) -> Iterator[Problem]:
     if package := missing_for_optimizer(optimizer):
         message = f"needs the package {package}, which is not installed; install it, or choose another optimizer"
         yield Problem(("train", "optim"), optimizer, message)
+    if problem := arguments_problem(optimizer, train.optim_args):
+        yield Problem(("train", "optim_args"), train.optim_args, problem)
 
 
 def master_weights_problems(train: Any) -> Iterator[Problem]:
@@ -309,6 +322,13 @@ def _strategy_problems(train: Any) -> Iterator[Problem]:
 
 
 def _best_model_problems(train: Any) -> Iterator[Problem]:
+    metric = train.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        message = f"is not what an evaluation measures; use {' or '.join(METRICS)}"
+        yield Problem(("train", "metric_for_best_model"), metric, message)
+    if train.save_strategy == "best" and train.eval_strategy != "steps":
+        message = "saves what an evaluation finds to be the best, and there is none; set eval_strategy: steps"
+        yield Problem(("train", "save_strategy"), "best", message)
     if not train.load_best_model_at_end or train.save_strategy == "best":
         return
     eval_steps = train.eval_steps or train.logging_steps

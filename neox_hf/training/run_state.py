@@ -24,6 +24,7 @@ from neox_hf.checkpoint.directory import finished_path
 from neox_hf.data import merge_states
 from neox_hf.training.hyperparameters import RecipeHyperparameters
 from neox_hf.training.save_schedule import is_protected
+from neox_hf.training.schedule_progress import note_initial_rates, schedule_state
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -95,8 +96,7 @@ class RunState:
             trainer.fp8.load(checkpoint)
         if checkpoint.has(GUARD):
             trainer.guard.load_state_dict(checkpoint.json(GUARD))
-        trainer.lr_scheduler.load_state_dict(checkpoint.json(SCHEDULER))
-        recipe.apply()
+        recipe.apply(checkpoint.json(SCHEDULER), checkpoint.manifest.step)
 
     def holds(self, checkpoint: Checkpoint | None, step: int) -> bool:
         """Whether `checkpoint` is the one of `step` in this run's own output directory."""
@@ -110,7 +110,9 @@ class RunState:
             self._prune(Path(best), newest=False)
 
     def write_beside(self) -> None:
-        """Write the documents into the output directory itself, once this run is known to be the one it holds."""
+        """Write the documents into the output directory itself, once this run is known to be the one it holds, and
+        note the learning rates that it begins with: neither is known earlier, and the first step is next."""
+        note_initial_rates(self.trainer.optimizer)
         if self.trainer.topology.rank == 0:
             for relative_path, text in self.documents.items():
                 (Path(self.trainer.args.output_dir) / relative_path).write_text(text, encoding="utf-8")
@@ -124,7 +126,7 @@ class RunState:
         if data is not None:
             writer.write_json(DATA, data)
         if trainer.lr_scheduler is not None:
-            writer.write_json(SCHEDULER, trainer.lr_scheduler.state_dict())
+            writer.write_json(SCHEDULER, schedule_state(trainer.lr_scheduler))
         writer.write_json(GUARD, trainer.guard.state_dict())
         self._note_callbacks()
         writer.write_json(TRAINER_STATE, dataclasses.asdict(trainer.state))

@@ -6,14 +6,20 @@ peer get a SIGTERM from the launcher too: their agreement fails with the peer, s
 
 `accelerate launch` of a single process dies of a SIGTERM without passing it on. Its child then takes the death of the
 launcher for the signal.
+
+Python lets only the main thread listen to signals. A run in another thread stops at another rank's, or not at all.
 """
 
+import logging
 import os
 import signal
+import threading
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -38,6 +44,13 @@ class StopRequest:
         self._launcher = os.getppid() if launched_without_agent() else None
 
     def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "training runs in the thread %s, and only the main thread hears signals: SIGTERM and SIGUSR1 will not "
+                "save a checkpoint",
+                threading.current_thread().name,
+            )
+            return self
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._remember)
         return self

@@ -1,5 +1,7 @@
 """What the trainer does around HF's steps: it times them, and stops the run where the ranks have agreed to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
@@ -19,12 +21,25 @@ class StepWatch(TrainerCallback):
 
     def __init__(self, trainer: "NeoXTrainer") -> None:
         self.trainer = trainer
+        self._may_stop_evaluation = False
+
+    @contextmanager
+    def stoppable_evaluation(self) -> Iterator[None]:
+        """Let a stop end the evaluation within by `EvaluationStopped`, which the caller catches.
+
+        One that a callback asks for runs to its end: nobody would catch it there, and the run would end unsaved.
+        """
+        self._may_stop_evaluation = True
+        try:
+            yield
+        finally:
+            self._may_stop_evaluation = False
 
     def on_step_begin(self, args, state, control, **kwargs: object) -> None:
         self.trainer.throughput.start()
 
     def on_prediction_step(self, args, state, control, **kwargs: object) -> None:
-        if self.trainer.is_in_train and self.trainer.stop.agree():
+        if self._may_stop_evaluation and self.trainer.stop.agree():
             raise EvaluationStopped
 
     def on_step_end(self, args, state, control, **kwargs: object):

@@ -7,13 +7,20 @@ matrix-product rate this device sustains, measured at start.
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 MEASURE_SECONDS = 0.5
 CUDA_SIZE, CPU_SIZE = 8192, 1024
+
+
+def number_of_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Those of a batch's input_ids [B, S], or inputs_embeds [B, S, H]; padding counts."""
+    ids = batch.get("input_ids")
+    return batch["inputs_embeds"].shape[:2].numel() if ids is None else ids.numel()
 
 
 def sustained_matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_SECONDS) -> float:

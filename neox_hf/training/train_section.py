@@ -5,9 +5,10 @@ the process group.
 """
 
 import dataclasses
-import typing
+from typing import Any
 
 from neox_hf.training.arguments import NeoXTrainingArguments
+from neox_hf.training.field_types import value_types
 
 OWNED_ELSEWHERE = {
     "accelerator_config": "batches come from the recipe's own stream; see data",
@@ -66,9 +67,18 @@ NOT_OFFERED = {
 
 REFUSED = OWNED_ELSEWHERE | NOT_OFFERED
 
+METRICS = ("loss", "perplexity")
+"""What an evaluation of a recipe finds out, each with or without transformers' prefix `eval_`; less is better."""
+
+
+def _settle_best(train: Any) -> None:
+    """Say which evaluation is the best one where transformers would not know."""
+    if train.save_strategy == "best" and train.metric_for_best_model is None:
+        object.__setattr__(train, "metric_for_best_model", "loss")
+
 
 def _train_settings() -> type:
-    annotations = typing.get_type_hints(NeoXTrainingArguments)
+    annotations = value_types(NeoXTrainingArguments)
     fields = [
         (field.name, annotations[field.name], dataclasses.field(default=field.default))
         if field.default_factory is dataclasses.MISSING
@@ -78,7 +88,8 @@ def _train_settings() -> type:
     ]
     # Samples in one optimizer step over all ranks: the accumulation that this takes depends on the world.
     fields.append(("global_batch_size", int | None, dataclasses.field(default=None)))
-    return dataclasses.make_dataclass("TrainSettings", fields, frozen=True, kw_only=True)
+    methods = {"__post_init__": _settle_best}
+    return dataclasses.make_dataclass("TrainSettings", fields, frozen=True, kw_only=True, namespace=methods)
 
 
 TrainSettings = _train_settings()

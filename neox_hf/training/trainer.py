@@ -23,7 +23,6 @@ from neox_hf.checkpoint.hub import HubPublisher, PublishReport
 from neox_hf.data import EvaluationBatches, StreamLoader, TokenStream
 from neox_hf.errors import DivergenceError
 from neox_hf.modeling.accounting import flops_per_token
-from neox_hf.modeling.causal_lm import regularise_logits
 from neox_hf.modeling.recompute import recompute_selectively
 from neox_hf.parallel.collectives import from_first_rank
 from neox_hf.parallel.topology import Topology
@@ -33,8 +32,8 @@ from neox_hf.training.divergence import GradientGuard
 from neox_hf.training.engine import engine_for
 from neox_hf.training.fp8_run import Fp8Run
 from neox_hf.training.label_weights import NUM_ITEMS
+from neox_hf.training.model_for_run import model_for_run
 from neox_hf.training.optimizers import optimizer_class
-from neox_hf.training.precision import cast_weights
 from neox_hf.training.resume import checkpoint_to_resume, open_on_all_ranks
 from neox_hf.training.run_state import RunState
 from neox_hf.training.save_schedule import SaveSchedule, is_scheduled
@@ -42,7 +41,8 @@ from neox_hf.training.schedules import learning_rate
 from neox_hf.training.seeding import seed_process
 from neox_hf.training.signals import StopRequest
 from neox_hf.training.step_watch import EvaluationStopped, StepWatch
-from neox_hf.training.throughput import Throughput, sustained_matmul_tflops
+from neox_hf.training.throughput import Throughput, number_of_tokens, sustained_matmul_tflops
+from neox_hf.training.trainer_checks import check_together
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class NeoXTrainer(Trainer):
     """Trains a GPT-NeoX model.
 
     Args:
-        model: a causal language model, ours or stock; it is cast to the precision's weight dtype.
+        model: a causal language model, ours or stock; it is cast to the precision's weight dtype. None beside HF's
+            `model_init`.
         args: see `NeoXTrainingArguments`.
         topology: where this process stands, connected; by default all of the world is data parallel. Where it splits
             the model, `model` is built with it and has in memory what this rank runs (see `first_model`).
@@ -69,7 +70,7 @@ class NeoXTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         args: NeoXTrainingArguments,
         *,
         topology: Topology | None = None,
@@ -81,8 +82,11 @@ class NeoXTrainer(Trainer):
         locked: bool = False,
         **others: Any,
     ) -> None:
-        # A stream's position is restored; any other data set is fast-forwarded by HF.
-        args.ignore_data_skip = isinstance(train_dataset, TokenStream)
+        check_together(args, train_dataset, others)
+        if isinstance(train_dataset, TokenStream):
+            args.ignore_data_skip = True  # its position is restored; any other data set HF fast-forwards
+        if args.data_seed is None:
+            args.data_seed = args.seed  # not that of this process, by which ranks would shuffle in ways of their own
         self.topology = topology or Topology.from_world(args.world_size, args.process_index)
         self.workers = workers
         self.publisher = publisher
@@ -91,23 +95,25 @@ class NeoXTrainer(Trainer):
         self.resumed: Checkpoint | None = None
         self.stop: StopRequest | None = None
         super().__init__(
-            model=cast_weights(model, args.numeric.weights),
+            model=None if model is None else model_for_run(model, args),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **others,
         )
-        if args.z_loss:
-            regularise_logits(self.model, args.z_loss)
         self.fp8 = Fp8Run(self) if args.numeric.fp8 else None
         seed_process(args.seed, self.topology)
         self.engine = engine_for(self)
         self.guard = GradientGuard(args.effective_nan_policy, args.max_skipped_steps)
         self.run_state = RunState(self, documents or {})
         self.add_callback(SaveSchedule(args.save_schedule))
-        self.add_callback(StepWatch(self))
+        self.step_watch = StepWatch(self)
+        self.add_callback(self.step_watch)
         if self.fp8 is not None:
             self.add_callback(self.fp8)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return model_for_run(super().call_model_init(trial), self.args)
 
     # Data
 
@@ -128,9 +134,14 @@ class NeoXTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
         batches = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(batches, EvaluationBatches):
-            return batches
-        return super().get_eval_dataloader(eval_dataset)
+        if isinstance(batches, str):
+            batches = self.eval_dataset[batches]
+        return batches if isinstance(batches, EvaluationBatches) else super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any):
+        if isinstance(test_dataset, EvaluationBatches):
+            return test_dataset
+        return super().get_test_dataloader(test_dataset)
 
     def num_examples(self, dataloader: Any) -> int:
         if isinstance(dataloader, EvaluationBatches):
@@ -166,9 +177,13 @@ class NeoXTrainer(Trainer):
         return counted if counted is None else counted // self.topology.replica_size
 
     def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
-        tokens = inputs["input_ids"].numel()
-        self.state.num_input_tokens_seen += tokens * self.topology.data
+        tokens = number_of_tokens(inputs)
         self.throughput.count(tokens)
+        if self.args.include_num_input_tokens_seen == "non_padding" and "attention_mask" in inputs:
+            kept = self.accelerator.gather(inputs["attention_mask"].sum())
+            self.state.num_input_tokens_seen += int(kept.sum()) // self.topology.replica_size
+        else:
+            self.state.num_input_tokens_seen += tokens * self.topology.data
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self.engine.clip_gradients(model)
@@ -194,7 +209,7 @@ class NeoXTrainer(Trainer):
             learning_rate,
             style=args.lr_decay_style,
             peak=1.0,
-            floor=args.min_lr / args.learning_rate,
+            floor=args.min_lr / args.learning_rate if args.learning_rate else 0.0,
             warmup_steps=args.lr_warmup_fraction * decay_steps,
             decay_steps=decay_steps,
         )
@@ -210,12 +225,13 @@ class NeoXTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         if (loss := output.metrics.get(f"{prefix}_loss")) is not None:
             # Beyond exp(700) a double overflows; such a model has no perplexity worth a number.
-            output.metrics[f"{prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+            output.metrics[f"{prefix}_perplexity"] = math.inf if loss >= 700 else math.exp(loss)
         return output
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
-            return super()._evaluate(*args, **kwargs)
+            with self.step_watch.stoppable_evaluation():
+                return super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
             self.control.should_save = True
             self.control.should_training_stop = True
@@ -249,7 +265,7 @@ class NeoXTrainer(Trainer):
         return sum(gather_object([mine]), Counter())
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> float:
-        return inputs["input_ids"].numel() * self._flops_per_token
+        return number_of_tokens(inputs) * self._flops_per_token
 
     @functools.cached_property
     def _flops_per_token(self) -> float:
@@ -374,6 +390,8 @@ class NeoXTrainer(Trainer):
             write_final(self.model, self.processing_class, path, topology=self.topology)
         elif self.args.should_save:
             write_final(self.model, self.processing_class, path)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def publish(self, wait_seconds: float | None = None) -> PublishReport | None:
         """Push what lies in the output directory to `main`, and wait for all uploads; None without a publisher.

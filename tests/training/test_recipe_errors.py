@@ -203,6 +203,7 @@ CASES = [
     ("train.load_best_model_at_end=true", f"train.load_best_model_at_end = true: {BEST}"),
     ("train.report_to=wandbb", 'train.report_to = "wandbb": wandbb is unknown; did you mean wandb?'),
     ("train.report_to=[tensorboard, x]", 'train.report_to = ["tensorboard", "x"]: x is unknown; known are '),
+    ("train.optim_args='amsgrad=true'", "has amsgrad, and optim=adamw_torch_fused takes none: its numbers are fields"),
     # hub
     ("hub.push=true", 'hub = {"push": true}: hub.push is true but hub.repo_id is missing'),
     ("hub.repo_id=name", 'hub = {"repo_id": "name"}: hub.repo_id=\'name\' is not of the form owner/name'),
