@@ -29,10 +29,15 @@ def save_model_files(
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer's files.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     try:
         tokenizer.save_pretrained(directory)
     except Exception as error:

@@ -20,6 +20,9 @@ from neox_hf.errors import CheckpointError
 from neox_hf.parallel.collectives import together
 from neox_hf.parallel.topology import Topology
 
+MODEL_IN_STATE = re.compile(rf"{STATE}/model(-\d+-of-\d+)?\.safetensors")
+"""The weights of a model whose adapters are what lies in the checkpoint for others."""
+
 
 class Checkpoint:
     """A verified checkpoint directory. Only files that its manifest lists are opened."""
@@ -70,6 +73,9 @@ class Checkpoint:
         load_weights(model, files, cast=cast, topology=topology)
 
     def _weight_files(self) -> list[Path]:
+        whole = sorted(name for name in self._known if MODEL_IN_STATE.fullmatch(name))
+        if whole:
+            return [self.path / name for name in whole]
         names = sorted(name for name in self._known if "/" not in name and name.endswith(".safetensors"))
         if self.has(INDEX):
             indexed = set(self.json(INDEX)["weight_map"].values())

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from neox_hf.checkpoint.exchange import Exchange
 from neox_hf.checkpoint.host_memory import HostMemory
 from neox_hf.checkpoint.partitioned import is_partitioned, partition_of, partition_range
-from neox_hf.checkpoint.weight_names import Weight, weights_of
+from neox_hf.checkpoint.weight_names import Weight
 from neox_hf.parallel.shards import Shard
 from neox_hf.parallel.topology import Topology
 
@@ -60,15 +59,16 @@ def plan_files(weights: list[Weight], stages: list[int], bytes_of: dict[Weight, 
 
 
 class WeightFiles:
-    """The weight files of a model under a topology. Every rank constructs it, and iterates over `mine` to the end.
+    """The files of weights under a topology. Every rank constructs it, and iterates over `mine` to the end.
 
+    weights: those of a model, from `weights_of`, or some of them.
     memory: where the tensors that it gives are to lie; without it some are the model's own.
     index: content of the index; None where one file holds everything.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        weights: list[Weight],
         topology: Topology,
         dtype: torch.dtype | None = None,
         limit: int = SHARD_BYTES,
@@ -76,7 +76,6 @@ class WeightFiles:
     ) -> None:
         self._topology, self._dtype, self._memory = topology, dtype, memory
         self._empty = torch.empty if memory is None else memory.empty
-        weights = weights_of(model)
         self._partitioned = any(is_partitioned(weight.tensor) for weight in weights)
         device = next(weight.tensor.device for weight in weights if weight.is_local)
         self._tensor = Exchange(topology, "tensor", device)

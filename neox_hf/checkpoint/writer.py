@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from neox_hf.checkpoint.adapters import Adapter, adapters_of, has_adapters, save_adapter_files
 from neox_hf.checkpoint.box_files import pack_boxes
 from neox_hf.checkpoint.boxes import Box
 from neox_hf.checkpoint.directory import (
@@ -42,6 +43,7 @@ from neox_hf.checkpoint.manifest import FileRecord, Manifest
 from neox_hf.checkpoint.model_files import save_model_files
 from neox_hf.checkpoint.tensor_file import Unmade, made, write_tensors
 from neox_hf.checkpoint.verify import is_safe
+from neox_hf.checkpoint.weight_names import weights_of
 from neox_hf.checkpoint.weights import INDEX, METADATA, SHARD_BYTES, WeightFiles
 from neox_hf.errors import CheckpointError
 from neox_hf.parallel.topology import Topology
@@ -100,15 +102,20 @@ class CheckpointWriter:
     ) -> None:
         """Write what `from_pretrained` needs. Every rank calls it.
 
+        Of a model with PEFT's adapters that is the adapters; all of its weights, as it names them, go to `state/`.
+
         topology: how the model is split; by default every rank holds all of it.
         dtype: cast floating-point weights on the way to disk. shard_bytes: most that one weights file holds.
         """
         topology = topology or Topology(data=self.world_size, rank=self.rank)
-        files = WeightFiles(model, topology, dtype, shard_bytes, self.memory)
+        files = WeightFiles(weights_of(model), topology, dtype, shard_bytes, self.memory)
+        adapted = has_adapters(model, topology)
         with writing(self.path):
             for name, tensors in files.mine():
-                self._put(name, tensors, METADATA, copied=True)
-            if self.rank == 0:
+                self._put(f"{STATE}/{name}" if adapted else name, tensors, METADATA, copied=True)
+            if adapted:
+                self._write_adapters(adapters_of(model, topology), tokenizer, topology, dtype)
+            elif self.rank == 0:
                 if files.index is not None:
                     self.write_bytes(INDEX, files.index)
                 work = self.path / "model"
@@ -221,6 +228,21 @@ class CheckpointWriter:
         aside = aside_path(self.output_dir, self.step)
         if aside.exists():
             remove_checkpoint(aside)
+
+    def _write_adapters(
+        self,
+        adapters: list[Adapter],
+        tokenizer: PreTrainedTokenizerBase | None,
+        topology: Topology,
+        dtype: torch.dtype | None,
+    ) -> None:
+        for adapter in adapters:
+            for name, tensors in adapter.files(topology, dtype, self.memory):
+                self._put(name, tensors, METADATA, copied=True)
+        if self.rank == 0:
+            work = self.path / "model"
+            save_adapter_files(adapters, work, tokenizer)
+            self._adopt(work)
 
     def _put(
         self, relative_path: str, tensors: dict[str, Tensor | Unmade], metadata: Mapping[str, str], copied: bool = False

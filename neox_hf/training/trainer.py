@@ -82,12 +82,12 @@ class NeoXTrainer(Trainer):
         locked: bool = False,
         **others: Any,
     ) -> None:
-        check_together(args, train_dataset, others)
+        self.topology = topology or Topology.from_world(args.world_size, args.process_index)
+        check_together(model, args, self.topology, train_dataset, others)
         if isinstance(train_dataset, TokenStream):
             args.ignore_data_skip = True  # its position is restored; any other data set HF fast-forwards
         if args.data_seed is None:
             args.data_seed = args.seed  # not that of this process, by which ranks would shuffle in ways of their own
-        self.topology = topology or Topology.from_world(args.world_size, args.process_index)
         self.workers = workers
         self.publisher = publisher
         self.locked = locked

@@ -4,13 +4,23 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from neox_hf.checkpoint.adapters import is_adapted
 from neox_hf.data import TokenStream
+from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-def check_together(args: NeoXTrainingArguments, train_dataset: Any, others: Mapping[str, Any]) -> None:
+def check_together(
+    model: nn.Module | None,
+    args: NeoXTrainingArguments,
+    topology: Topology,
+    train_dataset: Any,
+    others: Mapping[str, Any],
+) -> None:
     """others: what else HF's Trainer is given, by name.
 
     Raises:
@@ -32,6 +42,11 @@ def check_together(args: NeoXTrainingArguments, train_dataset: Any, others: Mapp
         raise ValueError(f"z_loss={args.z_loss} is part of the model's own loss, which {which} replaces; drop one")
     if args.numeric.fp8 and others.get("model_init") is not None:
         raise ValueError("precision='fp8' keeps scales for one model; give model= in place of model_init=")
+    if topology.splits_model and is_adapted(model):
+        raise ValueError(
+            f"a model with PEFT's adapters does not go with tensor={topology.tensor}, pipeline={topology.pipeline}: "
+            "its layers know of no split; use replicas, parallel.zero_stage or activation_checkpointing"
+        )
     if args.push_to_hub and args.hub_strategy != "end":
         logger.warning(
             "push_to_hub: save_model pushes, and checkpoints stay here; publisher=HubPublisher(...) pushes each of them"

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_hf.parallel.topology import Topology
 from neox_hf.training.arguments import NeoXTrainingArguments
 from neox_hf.training.trainer import NeoXTrainer
 from tests.modeling.small import SMALL
@@ -172,3 +174,11 @@ def test_data_may_begin_anew_where_a_run_goes_on(begins_anew, make):
     seen.clear()
     make(max_steps=2, ignore_data_skip=begins_anew, **given).train(first.args.output_dir + "/checkpoint-1")
     assert (seen[0] == begun) == begins_anew
+
+
+def test_adapters_in_a_model_that_is_split_are_refused(make):
+    adapted = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["query_key_value"]))
+    with pytest.raises(
+        ValueError, match="PEFT's adapters does not go with tensor=2, pipeline=1: its layers know of no"
+    ):
+        make(adapted, trainer={"topology": Topology(tensor=2, rank=0)})

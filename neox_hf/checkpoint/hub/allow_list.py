@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from neox_hf.checkpoint.hub.faults import Rejected
 
-WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("*.safetensors", "model.safetensors.index.json", "adapter_config.json")
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",

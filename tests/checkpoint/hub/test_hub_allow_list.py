@@ -19,6 +19,8 @@ TOKEN_IN_A_FILE = "hf_" + "SomebodysToken" * 3
         "model.safetensors",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
+        "adapter_model.safetensors",
+        "adapter_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
