@@ -13,7 +13,6 @@ from tests.kernels.layouts import LAYOUTS, far_apart, laid_out
 from tests.kernels.rotary_back_cases import angles
 
 EPS, WIDTH, HEADS, SIZE, WORDS = 1e-5, 12, 2, 8, 19
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Sample(NamedTuple):
@@ -109,9 +108,9 @@ SAMPLES = {
 every_op = pytest.mark.parametrize("name", SAMPLES)
 
 
-def inputs(name: str, device: str, batch: int = 3, tokens: int = 5) -> list[torch.Tensor]:
+def inputs(name: str, batch: int = 3, tokens: int = 5) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=draw).to(device) for shape in SAMPLES[name].shapes(batch, tokens)]
+    return [torch.randn(shape, generator=draw) for shape in SAMPLES[name].shapes(batch, tokens)]
 
 
 def results(compute: Callable, tensors: list[torch.Tensor], layout: str | None = None) -> list[torch.Tensor]:
@@ -131,9 +130,8 @@ def by(name: str, backend: str) -> Callable:
 
 @every_op
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_tensors_may_lie_in_memory_as_they_like(name, layout, device):
-    given = [laid_out(layout, x) for x in inputs(name, device)]
+def test_tensors_may_lie_in_memory_as_they_like(name, layout):
+    given = [laid_out(layout, x) for x in inputs(name)]
     exact = results(by(name, "torch"), [x.double().contiguous() for x in given], layout)
     for backend in ("triton", "torch"):
         for place, (found, wanted) in enumerate(zip(results(by(name, backend), given, layout), exact, strict=True)):
@@ -143,9 +141,8 @@ def test_tensors_may_lie_in_memory_as_they_like(name, layout, device):
 
 @every_op
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (3, 0)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_nothing_may_be_given(name, batch, tokens, device):
-    given = inputs(name, device, batch, tokens)
+def test_nothing_may_be_given(name, batch, tokens):
+    given = inputs(name, batch, tokens)
     for found, wanted in zip(*(results(by(name, backend), given) for backend in ("triton", "torch")), strict=True):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
         assert torch.equal(found, wanted)
@@ -153,7 +150,7 @@ def test_nothing_may_be_given(name, batch, tokens, device):
 
 @every_op
 def test_on_meta_there_are_shapes(name):
-    given = inputs(name, "cpu")
+    given = inputs(name)
     for found, wanted in zip(
         results(by(name, "triton"), [x.to("meta") for x in given]), results(by(name, "torch"), given), strict=True
     ):
@@ -165,7 +162,7 @@ def test_a_compiler_takes_it_whole_at_sizes_that_vary(name):
     torch._dynamo.reset()
     compiled = torch.compile(by(name, "triton"), fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, tokens, layout in [(3, 5, "stepped"), (2, 7, "transposed")]:
-        given = [laid_out(layout, x) for x in inputs(name, "cpu", batch, tokens)]
+        given = [laid_out(layout, x) for x in inputs(name, batch, tokens)]
         for found, wanted in zip(results(compiled, given), results(by(name, "torch"), given), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +174,7 @@ def test_a_mask_with_rows_far_apart():
 
 
 def test_rotary_takes_gradients_whose_heads_are_far_apart():
-    (qkv,) = inputs("rotary", "cpu")
+    (qkv,) = inputs("rotary")
     upstream = [torch.randn(qkv.shape[0], HEADS, qkv.shape[1], SIZE).bfloat16() for _ in range(3)]
     found = []
     for given in (upstream, [far_apart(upstream[0].transpose(0, 1), 0).transpose(0, 1), *upstream[1:]]):
