@@ -11,23 +11,6 @@ from neox_hf.training.precision import Precision, precision_asked, precision_of
 
 logger = logging.getLogger(__name__)
 
-OWN_FIELDS = (
-    "precision",
-    "activation_checkpointing",
-    "cuda_graphs",
-    "lr_decay_style",
-    "lr_warmup_fraction",
-    "lr_decay_steps",
-    "min_lr",
-    "save_schedule",
-    "save_in_background",
-    "z_loss",
-    "nan_policy",
-    "max_skipped_steps",
-    "peak_tflops",
-)
-"""Those that HF's arguments lack. Values of HF's own fields are HF's to check."""
-
 EPOCHS_BY_DEFAULT = TrainingArguments.num_train_epochs
 
 
@@ -83,7 +66,7 @@ class NeoXTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = False
 
     def __post_init__(self) -> None:
-        settle_values(self, OWN_FIELDS)
+        settle_values(self, NeoXTrainingArguments.__annotations__)
         self.precision = precision_asked(self.precision, bf16=self.bf16, fp16=self.fp16)
         if self.numeric.scaled and not self.deepspeed:
             raise ValueError(
