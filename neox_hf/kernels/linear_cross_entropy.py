@@ -26,6 +26,7 @@ from neox_hf.kernels.chunked_losses import (
     Result,
     chunked_losses,
     default_chunk,
+    empty_gradient,
     scaled,
 )
 from neox_hf.kernels.cross_entropy import IGNORE_INDEX, check_labels
@@ -91,7 +92,7 @@ def _(
     nothing = hidden.new_empty
     return (
         nothing((), dtype=precise),
-        nothing(hidden.shape, dtype=precise if factor is None else None) if wants_hidden else nothing(0),
+        empty_gradient(hidden, factor) if wants_hidden else nothing(0),
         nothing(weight.shape, dtype=precise) if wants_weight and into is None else nothing(0),
     )
 
