@@ -27,7 +27,7 @@ demo: ## set-up, then the main job on the embedded corpus
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multigpu and not slow and not network" $(MEASURED)
 
-coverage: ## the tests, with what they run of neox_hf measured: half as long again
+coverage: ## the tests, with what they run of neox_hf measured: about twice as long
 	$(MAKE) test COVERAGE=1
 
 test-slow: install

@@ -1,6 +1,7 @@
 """Errors a user can meet, each with the exit code of the training process it ends.
 
-Exit codes: 0 done, 2 recipe or topology, 3 data, 4 diverged, 6 checkpoint, 143 stopped by a signal after saving.
+Exit codes: 0 done, 2 recipe or topology, 3 data, 4 diverged, 6 checkpoint, 143 stopped by a signal after saving;
+1 done, with a push still pending that the recipe requires.
 """
 
 

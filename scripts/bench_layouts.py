@@ -18,6 +18,7 @@ from peer_runs import run_peer
 
 from neox_hf.training.recipe import load_recipe
 
+PEERS = ("ddp", "ddp,compiled", "pipeline", "pipeline,compiled")
 MEMORY = {"peak GiB": "peak_gib", "GiB held": "reserved_gib"}
 
 
@@ -33,9 +34,8 @@ def our_run(layout: dict[str, int], options: argparse.Namespace) -> Run:
 
 
 def peer_figures(text: str, options: argparse.Namespace, world: int, folder: Path) -> Figures:
-    layout = parse_layout(text)
-    kind = "ddp" if "ddp" in layout else "pipeline"
-    return run_peer(kind, our_run({}, options), world, folder, compiled=bool(layout.get("compiled")))
+    kind, _, compiled = text.partition(",")
+    return run_peer(kind, our_run({}, options), world, folder, compiled=bool(compiled))
 
 
 def rate_of(figures: Figures, options: argparse.Namespace) -> float:
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--layouts", nargs="+", default=["data=1", "data=2"])
-    parser.add_argument("--against", nargs="*", default=[])
+    parser.add_argument("--against", nargs="*", default=[], choices=PEERS, metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--global-batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)

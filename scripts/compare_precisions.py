@@ -8,8 +8,8 @@
 
 `stock:` before a precision trains transformers' own class, with its own operations, instead of ours; `torch:` ours
 without its kernels. That one tells how far apart two runs of one precision may come by rounding alone: what is nearer
-says nothing. Prints the mean loss of each window of steps, how far each run is from the first one, and, where the
-recipe holds documents out, their loss at the end, which is computed in the precision of the weights.
+says nothing. Prints the mean loss of each window of steps, how far each run is from the first one, and the loss at the
+end of the documents that the recipe has to hold out, which is computed in the precision of the weights.
 """
 
 import argparse

@@ -33,7 +33,7 @@ from neox_hf.training.recipe import Recipe, load_recipe
 from neox_hf.training.trainer import NeoXTrainer
 
 SIZES = ("data", "tensor", "pipeline", "zero", "micro", "samples", "card")
-SWITCHES = ("sequence", "backend", "compiled", "graphs", "selective", "ddp")
+SWITCHES = ("sequence", "backend", "compiled", "graphs", "selective")
 TIMEOUT_SECONDS = 300
 
 Figures = dict[str, Any]
@@ -242,7 +242,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--result", type=Path, required=True, help="where the first rank writes what it measured")

@@ -55,11 +55,11 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, device: torch.device, command: str) -> None:
         self.options, self.device = options, device
-        before = [report.read_json(path) for path in options.sources]
-        self.document = report.merged(before)
+        self.document = report.merged([report.read_json(path) for path in options.sources])
+        runs = self.document["runs"]
         if options.sections:
-            self.document["runs"].append(describe_run(device, command))
-        name = device_name(device).lower().replace(" ", "_")
+            runs.append(describe_run(device, command))
+        name = (runs[-1]["device"] if runs else device_name(device)).lower().replace(" ", "_")
         self.path = options.out / f"{options.name or f'bench_{name}'}.json"
 
     def write(self, *, whole: bool = False) -> None:
@@ -68,8 +68,8 @@ class Bench:
         report.write_json(self.document, self.path)
         if whole:
             picture = self.path.with_suffix(".png")
-            draw(self.document, picture)
-            self.path.with_suffix(".md").write_text(report.markdown(self.document, picture.name), encoding="utf-8")
+            name = picture.name if draw(self.document, picture) else None
+            self.path.with_suffix(".md").write_text(report.markdown(self.document, name), encoding="utf-8")
 
     def add(self, part: report.Document) -> None:
         self.document = report.merged([self.document, {**report.empty(), **part}])
@@ -95,7 +95,8 @@ class Bench:
                 checks.append(lambda dtype=dtype: check_adamw(CHECKED_PARAMETERS, self.device, dtype))
             for check in checks:
                 row = check()
-                print(f"{row['op']} {row['dtype']}: torch {row['torch']:.2e}, ours {row['ours']:.2e}", flush=True)
+                errors = row.get("failed") or f"torch {row['torch']:.2e}, ours {row['ours']:.2e}"
+                print(f"{row['op']} {row['dtype']}: {errors}", flush=True)
                 self.add({"accuracy": [row]})
 
     def ops(self) -> None:
@@ -161,9 +162,20 @@ def describe_run(device: torch.device, command: str) -> dict[str, str]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m scripts.bench", description=__doc__.split("\n")[0])
     sections = ("ceilings", "accuracy", "ops", "steps")
-    parser.add_argument("--sections", nargs="*", default=list(sections), choices=sections, metavar="SECTION")
+    parser.add_argument(
+        "--sections",
+        nargs="*",
+        default=list(sections),
+        choices=sections,
+        metavar="SECTION",
+        help=f"by default all: {', '.join(sections)}; none beside --from",
+    )
     parser.add_argument("--sizes", nargs="+", default=list(MEASURED), choices=SIZES)
-    parser.add_argument("--variants", nargs="+", help="of the step; by default those of the size")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        help="of the step: ours-PRECISION-SWITCHES, or a peer as tuned-amp; by default the size's",
+    )
     parser.add_argument("--ops", nargs="+", default=[], metavar="TEXT", help="only ops with this in their name")
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--seconds", type=float, default=300.0, help="for all ops; for the turns of each size")

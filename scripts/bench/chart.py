@@ -15,13 +15,13 @@ HIGHEST_RATIO = 6.0
 """Longer bars are cut, with their number at the end."""
 
 
-def draw(document: Document, path: Path) -> None:
-    """Write the picture; nothing measured, nothing drawn."""
+def draw(document: Document, path: Path) -> bool:
+    """Write the picture, and say so; nothing measured, nothing drawn."""
     sizes = [name for name, variants in document["steps"].items() if any("ms" in found for found in variants.values())]
     ops = [bound for bound in document["ops"]["bounds"] if bound["both_floor_ms"] and _ratios(bound, document)]
     panels = len(sizes) + bool(ops)
     if not panels:
-        return
+        return False
     heights = [1 + 0.28 * len(document["steps"][name]) for name in sizes] + [1 + 0.5 * len(ops)] * bool(ops)
     figure = Figure(figsize=(9, sum(heights) + 0.6 * panels), layout="constrained")
     axes = figure.subplots(panels, 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -30,6 +30,7 @@ def draw(document: Document, path: Path) -> None:
     if ops:
         draw_ops(axes[-1], ops, document)
     figure.savefig(path, dpi=130)
+    return True
 
 
 def draw_size(axis: Axes, name: str, document: Document) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,34 @@ def error(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
     )
 
 
-def check_accuracy(case: Case, shapes: Shapes, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Row:
-    """Errors of outputs and gradients together; `good` where ours is no further from the truth than torch's."""
+def attempt(about: Row, measure: Callable[[], Row]) -> Row:
+    """`about` with what is measured, or with why it could not be: one op that fails does not end the others."""
+    try:
+        return about | measure()
+    except NotInstalled as missing:
+        return about | {"failed": str(missing)}
+    except (RuntimeError, ImportError, TypeError) as problem:
+        return about | {"failed": f"{type(problem).__name__}: {problem}"[:300]}
 
+
+def accuracy_row(op: str, dtype: torch.dtype, errors: Callable[[], tuple[float, float]]) -> Row:
+    """errors: torch's and ours; `good` where ours is no further from the truth than torch's."""
+
+    def compare() -> Row:
+        stock, ours = errors()
+        return {"torch": stock, "ours": ours, "good": ours <= ALLOWED * stock + NEGLIGIBLE}
+
+    return attempt({"op": op, "dtype": str(dtype).removeprefix("torch.")}, compare)
+
+
+def check_accuracy(case: Case, shapes: Shapes, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Row:
+    """Errors of outputs and gradients together."""
+    row = accuracy_row(case.name, dtype, lambda: _errors(case, shapes, device, dtype, backend))
+    clear(device)
+    return row
+
+
+def _errors(case: Case, shapes: Shapes, device: torch.device, dtype: torch.dtype, backend: str) -> tuple[float, float]:
     def results(op: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, ...]:
         outputs, gradients = inputs.forward_and_backward(op)
         return *outputs, *gradients
@@ -44,15 +70,7 @@ def check_accuracy(case: Case, shapes: Shapes, device: torch.device, dtype: torc
 
     truth = tuple(x.detach() for x in results(case.torch, fresh().in_fp64()))
     stock = error(results(case.torch, fresh()), truth)
-    ours = error(results(lambda *given: case.ours(*given, backend=backend), fresh()), truth)
-    clear(device)
-    return {
-        "op": case.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": stock,
-        "ours": ours,
-        "good": ours <= ALLOWED * stock + NEGLIGIBLE,
-    }
+    return stock, error(results(lambda *given: case.ours(*given, backend=backend), fresh()), truth)
 
 
 def implementations(case: Case, backend: str) -> dict[str, Callable[[], Callable[..., Any]]]:
@@ -71,18 +89,16 @@ def time_case(
     """One row for each implementation, as soon as it is measured: ms forward, and forward and backward; and GiB that
     the second takes beyond its inputs, at most."""
     made = implementations(case, backend)
+    settle_seconds = SETTLE_SECONDS if case.both(shapes).flops else 0.0
+
+    def measure(name: str) -> Row:
+        inputs = case.make(shapes, Random(device, torch.bfloat16))
+        return _time(made[name](), inputs, name != "liger", settle_seconds)
+
     for name in case.timed:
         if name not in wanted or name not in made:
             continue
-        row: Row = {"op": case.name, "by": name}
-        try:
-            inputs = case.make(shapes, Random(device, torch.bfloat16))
-            row |= _time(made[name](), inputs, name != "liger", SETTLE_SECONDS if case.both(shapes).flops else 0.0)
-        except NotInstalled as missing:
-            row["failed"] = str(missing)
-        except (RuntimeError, ImportError, TypeError) as problem:  # one op that fails does not end the others
-            row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
-        yield row
+        yield attempt({"op": case.name, "by": name}, partial(measure, name))
         torch.compiler.reset()
         clear(device)
 

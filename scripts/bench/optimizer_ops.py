@@ -1,6 +1,7 @@
 """The optimizer's step and the gradient norm over all parameters of a model, beside torch's fused forms."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from neox_hf.kernels.split_fp32 import split_fp32
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
 from scripts.bench.floors import Work
-from scripts.bench.measure_ops import ALLOWED, NEGLIGIBLE, Row, clear, error
+from scripts.bench.measure_ops import Row, accuracy_row, attempt, clear, error
 from scripts.bench.timing import op_ms
 
 RATES = AdamWRates(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -81,6 +82,12 @@ class State:
 
 def check_adamw(shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Row:
     """Weights after two steps, against torch's in fp64 from the same numbers."""
+    return accuracy_row("AdamW", dtype, lambda: _errors(shapes, device, dtype, backend))
+
+
+def _errors(
+    shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype, backend: str
+) -> tuple[float, float]:
     truth = State(shapes, dtype, device, backend)
     truth.weights = [nn.Parameter(weight.detach().double()) for weight in truth.weights]
     for weight, gradient in zip(truth.weights, truth.gradients, strict=True):
@@ -94,32 +101,32 @@ def check_adamw(shapes: Sequence[torch.Size], device: torch.device, dtype: torch
     for _ in range(2):
         ours.own_step(tensors)()
     exact = tuple(weight.detach() for weight in truth.weights)
-    errors = [error(tuple(state.weights), exact) for state in (stock, ours)]
-    return {
-        "op": "AdamW",
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": errors[0],
-        "ours": errors[1],
-        "good": errors[1] <= ALLOWED * errors[0] + NEGLIGIBLE,
-    }
+    return error(tuple(stock.weights), exact), error(tuple(ours.weights), exact)
 
 
 def time_optimizer(shapes: Sequence[torch.Size], device: torch.device, backend: str = "auto") -> Iterator[Row]:
     """A row for each op and implementation. Not captured: torch's fused step counts on the host."""
-    for dtype, step, clip in ((torch.bfloat16, NARROW, CLIP_NARROW), (torch.float32, WIDE, CLIP_WIDE)):
-        state = State(shapes, dtype, device, backend)
-        for form in (step, BESIDE) if step == WIDE else (step,):
-            yield timed(form, "ours", state.own_step(state.own(form)))
+    for dtype, steps, clip in ((torch.bfloat16, (NARROW,), CLIP_NARROW), (torch.float32, (WIDE, BESIDE), CLIP_WIDE)):
+        calls = _calls(cache(partial(State, shapes, dtype, device, backend)), steps, clip)
+        for (op, by), make in calls.items():
+            yield attempt({"op": op, "by": by}, partial(timed, make))
             clear(device)
-        yield timed(clip, "ours", state.own_clip)
-        yield timed(clip, "torch", lambda held=state: nn.utils.clip_grad_norm_(held.weights, 1.0))
-        yield timed(step, "torch", state.stock().step)
+        del calls, make  # the state, which only they hold
         clear(device)
-        if step == WIDE:
-            copies = [weight.detach().bfloat16() for weight in state.weights]
-            yield timed(CAST, "torch", lambda c=copies, held=state: cast(c, held.weights))
-        del state
-        clear(device)
+
+
+def _calls(
+    state: Callable[[], State], steps: Sequence[str], clip: str
+) -> dict[tuple[str, str], Callable[[], Callable[[], object]]]:
+    """Makers of what is timed, by op and implementation; what has no room is made in none of them."""
+    step = steps[0]
+    calls = {(form, "ours"): lambda form=form: state().own_step(state().own(form)) for form in steps}
+    calls[clip, "ours"] = lambda: state().own_clip
+    calls[clip, "torch"] = lambda: lambda: nn.utils.clip_grad_norm_(state().weights, 1.0)
+    calls[step, "torch"] = lambda: state().stock().step
+    if step == WIDE:
+        calls[CAST, "torch"] = lambda: partial(cast, [w.detach().bfloat16() for w in state().weights], state().weights)
+    return calls
 
 
 @torch.no_grad()
@@ -127,9 +134,9 @@ def cast(copies: list[Tensor], masters: Sequence[Tensor]) -> None:
     torch._foreach_copy_(copies, list(masters))
 
 
-def timed(op: str, by: str, call: Callable[[], object]) -> Row:
-    timing = op_ms(call, captured=False)
-    return {"op": op, "by": by, "both_ms": timing.ms, "how": timing.how}
+def timed(make: Callable[[], Callable[[], object]]) -> Row:
+    timing = op_ms(make(), captured=False)
+    return {"both_ms": timing.ms, "how": timing.how}
 
 
 def optimizer_bounds(shapes: Sequence[torch.Size]) -> Iterator[Row]:

@@ -118,15 +118,21 @@ def measure(size: Size, variant: Variant, steps: int) -> tuple[str, list[Span]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m scripts.bench.profile", description=__doc__.split("\n")[0])
     parser.add_argument("size", choices=SIZES)
-    parser.add_argument("variant", type=parse_variant)
+    parser.add_argument("variant", help="one of ours, as ours-bf16")
     parser.add_argument("--steps", type=int, default=30, help="timed before the profile")
     parser.add_argument("--kernels", type=int, default=40, help="lines")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
+    try:
+        variant = parse_variant(options.variant)
+    except ValueError as unknown:
+        parser.error(str(unknown))
+    if not variant.is_ours:
+        parser.error(f"{options.variant} is a peer; a profile is of ours, as ours-{variant.precision}")
     if not torch.cuda.is_available():
         print("A profile needs a CUDA device, and there is none here.", file=sys.stderr)
         return NO_DEVICE
-    title, spans = measure(SIZES[options.size], options.variant, options.steps)
+    title, spans = measure(SIZES[options.size], variant, options.steps)
     found = text(title, spans, PROFILED, options.kernels)
     print(found)
     if options.out is not None:

@@ -44,9 +44,10 @@ def write_json(document: Document, path: Path) -> None:
     unfinished.replace(path)
 
 
-def markdown(document: Document, picture: str) -> str:
+def markdown(document: Document, picture: str | None) -> str:
+    """The page. picture: what `draw` has written beside it, if it has."""
     parts = ["# Kernels and training step on one device", _runs(document)]
-    if document["steps"] or document["ops"]["rows"]:
+    if picture is not None:
         parts.append(f"![tokens/s of each size, and times of ops over their floors]({picture})")
     parts += [_steps(document), _ops(document), _accuracy(document)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -106,9 +107,9 @@ STEPS_TEXT = """\
 Ours is `NeoXTrainer`, with `train.precision` and switches. Peers are transformers' own class: `eager`, `compile` as
 shipped, `fixed` (compiled, `is_causal`), `tuned` (fixed, with Liger's fused head and loss). All clip at 1, with fused
 AdamW. Medians of steps in turns that interleave; min-max are medians of turns. TFLOP/s: tokens/s x (6 x parameters in
-matrix products, the head included, + 12 x layers x hidden size x 2048); MFU is against what the device sustains.
-`/ tuned` is over the better of `fixed` and `tuned`; ours with fp32 masters (`bf16`) stands beside `amp`, `pure_bf16`
-beside `bf16`."""
+matrix products, the head included, + 12 x layers x hidden size x 2048); MFU is against what the device sustained, if
+that was measured. `/ tuned` is over the better of `fixed` and `tuned`; ours with fp32 masters (`bf16`) stands beside
+`amp`, `pure_bf16` beside `bf16`."""
 
 
 def _step_row(variant: str, variants: dict[str, Document], owed: float | None, columns: list[str]) -> list[str]:
@@ -124,7 +125,7 @@ def _step_row(variant: str, variants: dict[str, Document], owed: float | None, c
         f"{found['tokens_s']:,.0f}",
         figure(owed, ",.0f"),
         f"{found['tflops']:.0f}",
-        f"{found['mfu']:.1%}",
+        figure(found.get("mfu"), ".1%"),
         f"{found['peak_gib']:.1f}",
         *(figure(over.get(form), ".3f") for form in ("eager", "compile", "tuned")),
     ]
@@ -132,8 +133,8 @@ def _step_row(variant: str, variants: dict[str, Document], owed: float | None, c
 
 OPS_TEXT = """\
 Forward / forward and backward, ms, at Pythia-1.4B's shapes (16,384 tokens). Floors: bytes at 4285 GB/s or products at
-675 TFLOP/s, whichever is longer. GiB: what forward and backward take beyond their inputs, ours, and what is owed. "-"
-was not measured."""
+675 TFLOP/s (the head's at 710, eight bits at 1322), whichever is longer. GiB: what forward and backward take beyond
+their inputs, ours, and what is owed. "-" was not measured."""
 
 
 def _ops(document: Document) -> str:
@@ -165,9 +166,14 @@ def _gib(found: float | None, most: float | None) -> str:
 
 def _times(row: Document, of: str = "") -> str:
     if "failed" in row:
-        return row["failed"].replace("|", "/").split("\n")[0][:80]
+        return _reason(row)
     times = [figure(row.get(f"{part}{of}_ms")) for part in ("forward", "both")]
     return " / ".join(time or "-" for time in times) if any(times) else ""
+
+
+def _reason(row: Document) -> str:
+    """Why it failed, as far as a cell has room."""
+    return row["failed"].replace("|", "/").split("\n")[0][:80]
 
 
 ACCURACY_TEXT = f"""\
@@ -178,8 +184,12 @@ The largest relative error of outputs and gradients, each by its norm, against f
 def _accuracy(document: Document) -> str:
     if not document["accuracy"]:
         return ""
-    rows = [
-        [row["op"], row["dtype"], f"{row['torch']:.2e}", f"{row['ours']:.2e}", "yes" if row["good"] else "**no**"]
-        for row in document["accuracy"]
-    ]
+    rows = [[row["op"], row["dtype"], *_errors(row)] for row in document["accuracy"]]
     return f"## Accuracy\n\n{ACCURACY_TEXT}\n\n" + table(["op", "dtype", "torch", "ours", "no further"], rows)
+
+
+def _errors(row: Document) -> list[str]:
+    """Cells: torch, ours, no further."""
+    if "failed" in row:
+        return ["", _reason(row), "**no**"]
+    return [f"{row['torch']:.2e}", f"{row['ours']:.2e}", "yes" if row["good"] else "**no**"]

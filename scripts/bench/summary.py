@@ -4,7 +4,6 @@ import statistics
 from typing import Any
 
 from neox_hf.modeling.accounting import flops_per_token
-from scripts.bench.floors import PRODUCTS
 from scripts.bench.sizes import Size
 from scripts.bench.variants import parse_variant
 
@@ -12,14 +11,13 @@ Figures = dict[str, Any]
 
 
 def summarise(size: Size, figures: dict[str, Figures], sustained_tflops: float | None) -> dict[str, Figures]:
-    """For each variant with a turn: ms, tokens/s, TFLOP/s, MFU against what the device sustains, peak GiB, and the
-    extremes of its turns."""
+    """For each variant with a turn: ms, tokens/s, TFLOP/s, MFU against what the device sustains, if that was measured,
+    peak GiB, and the extremes of its turns."""
     per_token = flops_per_token(size.config(), size.sequence)
-    peak = sustained_tflops or PRODUCTS / 1e12
-    return {variant: _summary(size, found, per_token, peak) for variant, found in figures.items()}
+    return {variant: _summary(size, found, per_token, sustained_tflops) for variant, found in figures.items()}
 
 
-def _summary(size: Size, found: Figures, per_token: float, peak_tflops: float) -> Figures:
+def _summary(size: Size, found: Figures, per_token: float, sustained_tflops: float | None) -> Figures:
     kept = {key: found[key] for key in ("failed", "prepare_seconds") if key in found}
     turns = found["turns"]
     if not turns:
@@ -27,11 +25,12 @@ def _summary(size: Size, found: Figures, per_token: float, peak_tflops: float) -
     medians = [statistics.median(turn["step_ms"]) for turn in turns]
     ms = statistics.median(step for turn in turns for step in turn["step_ms"])
     rate = 1e3 * size.tokens / ms
+    tflops = rate * per_token / 1e12
     return {
         "ms": ms,
         "tokens_s": rate,
-        "tflops": rate * per_token / 1e12,
-        "mfu": rate * per_token / 1e12 / peak_tflops,
+        "tflops": tflops,
+        **({"mfu": tflops / sustained_tflops} if sustained_tflops else {}),
         "peak_gib": max(turn["peak_gib"] for turn in turns),
         "turn_ms": [min(medians), max(medians)],
         "steps": sum(len(turn["step_ms"]) for turn in turns),

@@ -11,7 +11,7 @@ SWITCHES = ("selective", "full", "compiled", "graphs", "torch", "sdpa", "cublas"
 """`selective`, `full`: what the backward pass computes again. `compiled`: `train.torch_compile`. `graphs`:
 `train.cuda_graphs`, which is `auto` without. `torch`: plain references instead of kernels. `sdpa`: attention as it is
 where FlashAttention 4 is not installed. `cublas`: products by the algorithm that cuBLAS estimates to be best, and
-`apart`: none that goes on with what comes next."""
+none that goes on with what comes next; `apart`: the latter alone."""
 
 FORMS = ("eager", "compile", "fixed", "tuned")
 PEER_PRECISIONS = ("amp", "bf16")

@@ -29,6 +29,20 @@ def test_without_a_device_there_is_no_profile(monkeypatch, capsys):
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("ours-bf17", "variant 'ours-bf17' is unknown; it is ours-PRECISION"),
+        ("tuned-bf16", "tuned-bf16 is a peer; a profile is of ours, as ours-bf16"),
+    ],
+)
+def test_of_what_there_is_no_profile(variant, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["tiny", variant])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_a_profile_of_a_tiny_step(tmp_path, capsys):
     assert main(["tiny", "ours-bf16", "--steps", "3", "--out", str(tmp_path / "profile.txt")]) == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from neox_hf import kernels
 from scripts.bench import report
 from scripts.bench.__main__ import NO_DEVICE, describe_run, main, parse, run
 from scripts.bench.chart import draw
@@ -52,7 +53,7 @@ def test_every_row_of_a_table_is_as_wide_as_its_head():
 
 
 def test_an_empty_document_has_no_tables():
-    assert report.markdown(report.empty(), "x.png") == "# Kernels and training step on one device\n"
+    assert report.markdown(report.empty(), None) == "# Kernels and training step on one device\n"
 
 
 def test_later_runs_replace_what_they_measured_again():
@@ -76,10 +77,19 @@ def test_json_is_whole(tmp_path):
 
 
 def test_picture(tmp_path):
-    draw(document(), tmp_path / "all.png")
+    assert draw(document(), tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes().startswith(PNG)
-    draw(report.empty(), tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    for nothing in (report.empty(), report.empty() | {"steps": {"1.4b": {"ours-bf16": {"failed": "out of memory"}}}}):
+        assert not draw(nothing, tmp_path / "none.png")
+        assert not (tmp_path / "none.png").exists()
+        assert ".png" not in report.markdown(nothing, None)
+
+
+def test_what_no_one_measured_is_not_told():
+    unknown = step(66_000)
+    del unknown["mfu"]
+    text = report.markdown(report.empty() | {"steps": {"1.4b": {"ours-bf16": unknown}}}, None)
+    assert rows_of(text, "### 1.4b, micro-batch 8 x 2048 tokens\n")["ours-bf16"]["MFU"] == ""
 
 
 def test_defaults_are_the_whole_benchmark():
@@ -117,9 +127,10 @@ def test_reports_of_several_runs_become_one_without_a_device(monkeypatch, tmp_pa
     second = report.empty() | {"steps": {"160m": {"ours-bf16": step(5e5)}}}
     report.write_json(second, tmp_path / "second.json")
     sources = [str(tmp_path / name) for name in ("first.json", "second.json")]
-    assert main(["--sections", "--from", *sources, "--out", str(tmp_path / "out"), "--name", "whole"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"whole.json", "whole.md", "whole.png"}
-    assert report.read_json(tmp_path / "out" / "whole.json") == report.merged([document(), second])
+    for more, name in (([], "bench_a_card"), (["--name", "whole"], "whole")):
+        assert main(["--sections", "--from", *sources, "--out", str(tmp_path / name), *more]) == 0
+        assert {path.name for path in (tmp_path / name).iterdir()} == {f"{name}.{end}" for end in ("json", "md", "png")}
+        assert report.read_json(tmp_path / name / f"{name}.json") == report.merged([document(), second])
 
 
 def options_for(tmp_path, *arguments):
@@ -155,6 +166,29 @@ def test_a_run_of_ops(tmp_path, capsys):
     assert "the command" in (tmp_path / "small.md").read_text()
     assert (tmp_path / "small.png").read_bytes().startswith(PNG)
     assert "bias + GELU, ours: " in capsys.readouterr().out
+
+
+def test_an_op_that_fails_is_a_row_and_no_end(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("a | b")
+
+    monkeypatch.setattr(kernels, "bias_gelu", fails)
+    monkeypatch.setattr("scripts.bench.optimizer_ops.State", fails)
+    options = options_for(tmp_path, "--sections", "accuracy", "ops", "--ops", "bias + GELU", "AdamW")
+    found = run(options, CPU, "x")
+    reason = "OutOfMemoryError: a | b"
+    failed = {(row["op"], row["dtype"]) for row in found["accuracy"] if row.get("failed") == reason}
+    dtypes = ("bfloat16", "float16", "float32")
+    gelus = {(op, dtype) for op in ("bias + GELU", "bias + GELU, tanh") for dtype in dtypes}
+    assert failed == gelus | {("AdamW", "bfloat16"), ("AdamW", "float32")}
+    assert {row["by"] for row in found["ops"]["rows"] if row["op"] == "bias + GELU" and "failed" in row} == {"ours"}
+    optimizer = [row for row in found["ops"]["rows"] if row["op"].startswith(("AdamW", "gradient norm", "cast"))]
+    assert {row["failed"] for row in optimizer} == {reason}
+    assert len(optimizer) == 10
+    printed, page = capsys.readouterr().out, (tmp_path / "small.md").read_text()
+    assert f"bias + GELU float16: {reason}" in printed
+    assert f"bias + GELU, ours: {reason}" in printed
+    assert "| AdamW | float32 |  | OutOfMemoryError: a / b | **no** |" in page
 
 
 def test_time_that_is_over_measures_nothing_more(tmp_path, capsys):

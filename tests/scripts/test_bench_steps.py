@@ -232,6 +232,7 @@ def test_summary_of_turns():
     assert ours["tflops"] == pytest.approx(16384 / 0.247 * 9.087e9 / 1e12, rel=2e-3)
     assert ours["mfu"] == pytest.approx(ours["tflops"] / 675)
     assert found["tuned-amp"] == {"failed": "no turn within the time"}
+    assert "mfu" not in summarise(SIZES["1.4b"], figures, None)["ours-bf16"]
 
 
 def test_ours_stands_beside_peers_of_its_class():

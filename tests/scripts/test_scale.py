@@ -104,6 +104,8 @@ def test_a_layout_that_is_none():
     assert parse_layout("tensor=2,sequence") == {"tensor": 2, "sequence": 1}
     with pytest.raises(SystemExit, match="'tenser=2' in 'tenser=2,sequence' is no size or switch of a layout"):
         parse_layout("tenser=2,sequence")
+    with pytest.raises(SystemExit, match="'ddp' in 'ddp' is no size or switch"):
+        parse_layout("ddp")  # a peer's name
 
 
 # What is judged.
