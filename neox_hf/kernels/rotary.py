@@ -297,7 +297,8 @@ def may_change(qkv: Tensor) -> bool:
     owner = qkv if qkv._base is None else qkv._base
     if not qkv.is_contiguous() or (owner.is_leaf and owner.requires_grad):
         return False
-    return torch.compiler.is_compiling() or not _is_rotated_again()
+    # A trace would have both this op and what is within it, one after the other.
+    return torch.compiler.is_compiling() or not (torch.jit.is_tracing() or _is_rotated_again())
 
 
 def _is_rotated_again() -> bool:

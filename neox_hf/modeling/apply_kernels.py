@@ -58,11 +58,13 @@ def apply_kernels(model: nn.Module, kernels: Backend = "auto", *, skip_logits: b
     if kernels not in BACKENDS:
         raise ValueError(f"kernels={kernels!r} is unknown; choose one of {', '.join(BACKENDS)}")
     _refuse_what_is_not_stock(model)
+    # All of them before anything changes: what a configuration has wrong is found here.
+    examples = {base: _example_for(base) for base in model.modules() if type(base) is stock.GPTNeoXModel}
     for module in list(model.modules()):
         if type(module) is stock.GPTNeoXForCausalLM:
             _become(module, stock_classes.GPTNeoXForCausalLM)
         elif type(module) is stock.GPTNeoXModel:
-            _run_our_block(module)
+            _run_our_block(module, examples[module])
     for module in model.modules():
         _choose(module, kernels, skip_logits)
     logger.info(describe_choice(OPS, kernels))
@@ -110,10 +112,17 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}"
 
 
-def _run_our_block(base: stock.GPTNeoXModel) -> None:
-    """Have the model and all its blocks compute with ours."""
+def _example_for(base: stock.GPTNeoXModel) -> GPTNeoXLayer:
+    """A block of ours that computes what those of `base` do. Their class knows of no field that only ours has, even if
+    its configuration carries one."""
+    known = stock.GPTNeoXConfig().to_dict()
+    config = {name: value for name, value in base.config.to_dict().items() if name in known}
     with torch.device("meta"):
-        example = GPTNeoXLayer(GPTNeoXConfig.from_dict(base.config.to_dict()), layer_idx=0)
+        return GPTNeoXLayer(GPTNeoXConfig.from_dict(config), layer_idx=0)
+
+
+def _run_our_block(base: stock.GPTNeoXModel, example: GPTNeoXLayer) -> None:
+    """Have the model and all its blocks compute with ours."""
     _become(base, stock_classes.GPTNeoXModel)
     _change_norms(example, base.final_layer_norm)
     for module in list(base.modules()):

@@ -1,12 +1,26 @@
 """Whether a module's parameters may be read instead of calling it, so that one op can do what two modules would."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+REQUIRES_GRAD = "make_inputs_require_grads"
+"""transformers' and PEFT's hook that an embedding has under checkpointing: its output is to need a gradient."""
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook is to be called when the module is, or a forward pass that was put on it alone."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or hasattr(module, "_hf_hook") or "forward" in vars(module)
+    hooks = (module._forward_pre_hooks, module._backward_pre_hooks, module._backward_hooks)
+    called = any(_does_something(hook, module) for hook in module._forward_hooks.values())
+    return any(hooks) or called or hasattr(module, "_hf_hook") or "forward" in vars(module) or _has_any_global_hook()
+
+
+def _does_something(hook: Callable[..., Any], module: nn.Module) -> bool:
+    """Not where an output is asked to need a gradient, and does so already."""
+    is_trained = isinstance(module, nn.Embedding) and module.weight.requires_grad
+    return not (is_trained and getattr(hook, "__name__", None) == REQUIRES_GRAD)
 
 
 def is_bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -94,7 +94,7 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
         """Whether both branches are sums that end in a row linear, between which and the message nothing comes."""
         if region.size == 1 or region.sequence:
             return False
-        idle = all(is_bare(dropout, nn.Dropout) and not (dropout.p and self.training) for dropout in dropouts)
+        idle = all(is_bare(dropout, nn.Dropout) and not (dropout.p and dropout.training) for dropout in dropouts)
         bare = is_bare(self.attention, GPTNeoXAttention) and is_bare(self.mlp, GPTNeoXMLP)
         return idle and bare and all(is_bare(each, RowParallelLinear) for each in self._dense)
 
@@ -117,11 +117,11 @@ class GPTNeoXLayer(GradientCheckpointingLayer):
 
     def _rate_in_join(self, stream: Tensor, region: TensorRegion, dropouts: tuple[nn.Module, ...]) -> float | None:
         """The probability with which the kernel of the sum drops elements; None if dropout is left to its modules."""
-        rate = getattr(dropouts[0], "p", 0.0)
-        alike = all(is_bare(dropout, nn.Dropout) and dropout.p == rate for dropout in dropouts)
+        rates = [dropout.p if dropout.training else 0.0 for dropout in dropouts if is_bare(dropout, nn.Dropout)]
+        alike = len(rates) == len(dropouts) and len(set(rates)) == 1
         if not alike or region.size > 1 or not BIAS_DROPOUT_RESIDUAL.has_kernel_for(self.kernels, stream):
             return None
-        return rate if self.training else 0.0
+        return rates[0]
 
     def _joined(
         self,

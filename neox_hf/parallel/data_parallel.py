@@ -2,11 +2,13 @@
 
 torch's DistributedDataParallel reduces gradients in the dtype of the parameter, so bf16 weights would be averaged in
 bf16. Here each parameter's `.grad` comes to lie in an fp32 view into a flat bucket; a bucket travels as soon as the
-backward pass has filled it, while the rest of the backward pass still runs. Where the optimizer steps parts
-(`parts.py`), these get the mean gradients, and `.grad` of the parameters is no mean but in that part. Nothing is
-cleared between steps: what comes first overwrites.
+backward pass has filled it, while the rest of the backward pass still runs; or at its end, where more may follow what
+has come: after two forward passes, and of parameters that stand in several places of the model. Where the optimizer
+steps parts (`parts.py`), these get the mean gradients, and `.grad` of the parameters is no mean but in that part.
+Nothing is cleared between steps: what comes first overwrites.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,11 +27,12 @@ BUCKET_ELEMENTS = 16 * 1024 * 1024
 class _Bucket:
     """Gradients that travel in one message. `cuts`: of parameters that are cut, this replica's parts with their cuts of
     the views; a bucket has none or one for each view. `missing` counts those the running backward pass has yet to
-    produce."""
+    produce. may_leave_early: each parameter is told of once in the backward pass of one forward pass."""
 
     flat: Tensor
     views: list[tuple[nn.Parameter, Tensor]]
     cuts: list[tuple[ParameterPart, Tensor]]
+    may_leave_early: bool = True
     missing: int = 0
     work: Arrival | None = field(default=None, repr=False)
 
@@ -76,6 +79,7 @@ class DataParallel(nn.Module):
         self.group = group
         self.parts = parts
         self._synchronise = True
+        self._passes = 0  # forward passes whose gradients are to come
         # NCCL divides as it reads; elsewhere that is a pass of its own.
         self._averages = dist.get_backend(group) == "nccl"
         accumulate_gradients_in_fp32(module)
@@ -85,6 +89,7 @@ class DataParallel(nn.Module):
         self.zero_grad()
 
     def forward(self, *args, **kwargs):
+        self._passes += torch.is_grad_enabled()
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -110,13 +115,14 @@ class DataParallel(nn.Module):
     def _fill_buckets(self, bucket_elements: int) -> list[_Bucket]:
         # Reverse order of definition is roughly the order in which the backward pass produces gradients.
         trainable = [p for p in reversed(list(self.module.parameters())) if p.requires_grad]
+        places = Counter(p for _, p in self.module.named_parameters(remove_duplicate=False))
         alike: dict[tuple, list[nn.Parameter]] = {}
         for parameter in trainable:
             is_cut = self.parts is not None and parameter in self.parts
-            alike.setdefault((parameter.device, is_cut), []).append(parameter)
+            alike.setdefault((parameter.device, is_cut, places[parameter] == 1), []).append(parameter)
         return [
-            _bucket_of(piece, self.parts if is_cut else None)
-            for (_, is_cut), group in alike.items()
+            _bucket_of(piece, self.parts if is_cut else None, stands_once)
+            for (_, is_cut, stands_once), group in alike.items()
             for piece in pieces_of(group, bucket_elements)
         ]
 
@@ -131,11 +137,18 @@ class DataParallel(nn.Module):
             if parameter.grad is not view:  # the first one, which autograd has put where it liked
                 parameter.grad = view.copy_(parameter.grad)
             if not self._synchronise:
+                self._passes = 0
                 return
+            if bucket.work is not None:
+                raise ValueError(
+                    f"a gradient of {list(parameter.shape)} came after its bucket had left for the other replicas: the "
+                    "module that has this parameter ran more than once. Call the model through DataParallel, which "
+                    "counts, and not what is in it; or all backward passes but the last within no_sync()"
+                )
             if all(other.missing == len(other.views) for other in self._buckets):
                 torch.autograd.Variable._execution_engine.queue_callback(self._finish)
             bucket.missing -= 1
-            if bucket.missing == 0:
+            if bucket.missing == 0 and bucket.may_leave_early and self._passes <= 1:
                 self._reduce(bucket)
 
         return on_gradient
@@ -155,6 +168,7 @@ class DataParallel(nn.Module):
 
     def _finish(self) -> None:
         """Runs when the backward pass ends: parameters without a gradient leave their bucket unreduced until here."""
+        self._passes = 0
         for bucket in self._buckets:
             if bucket.work is None:
                 self._reduce(bucket)
@@ -166,11 +180,11 @@ class DataParallel(nn.Module):
                 part.grad = cut
 
 
-def _bucket_of(parameters: list[nn.Parameter], parts: ReplicaParts | None) -> _Bucket:
+def _bucket_of(parameters: list[nn.Parameter], parts: ReplicaParts | None, may_leave_early: bool) -> _Bucket:
     flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
     views, start = [], 0
     for parameter in parameters:
         views.append((parameter, flat[start : start + parameter.numel()].view(parameter.shape)))
         start += parameter.numel()
     cuts = [] if parts is None else [(parts.of(parameter), parts.cut(parameter, view)) for parameter, view in views]
-    return _Bucket(flat=flat, views=views, cuts=cuts)
+    return _Bucket(flat, views, cuts, may_leave_early)

@@ -63,3 +63,17 @@ def test_bfloat16_rounds_once():
 def test_angles_wider_than_a_head_are_refused():
     with pytest.raises(ValueError, match="rotary width 24 is over the head size 16"):
         rotary(torch.randn(1, 4, 2, 3, 16), torch.ones(1, 4, 12), torch.zeros(1, 4, 12))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_rotates_once():
+    weight = torch.randn(24, 8)
+    cos, sin = torch.rand(1, 4, 2), torch.rand(1, 4, 2)
+
+    def rotated(x):
+        return sum(rotary((x @ weight.t()).view(1, 4, 1, 3, 8), cos, sin, backend="triton"))
+
+    with torch.no_grad():
+        traced = torch.jit.trace(rotated, torch.randn(1, 4, 8), check_trace=False)
+        x = torch.randn(1, 4, 8)
+        torch.testing.assert_close(traced(x), rotated(x))

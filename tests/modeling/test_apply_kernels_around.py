@@ -50,6 +50,21 @@ def test_accelerate_hooks_call_the_new_forward(make_stock, tokens):
     assert attention._old_forward.__func__ is GPTNeoXAttention.forward
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_hooks_of_all_modules_are_called(kernels, make_pair, tokens):
+    """torch's global ones, which stand on no module."""
+
+    def double(module, _, output):
+        return 2 * output if isinstance(module, nn.LayerNorm) else None
+
+    before, after = make_pair(kernels=kernels, num_hidden_layers=1)
+    hook = nn.modules.module.register_module_forward_hook(double)
+    try:
+        assert_near(after(tokens()).logits, before(tokens()).logits)
+    finally:
+        hook.remove()
+
+
 # Head and loss in one operation
 
 

@@ -70,3 +70,19 @@ def test_refuses_parts_of_another_kind(parent, name, make_stock):
     setattr(model.get_submodule(parent), name, nn.Identity())
     with pytest.raises(ValueError, match=rf"as `{name}` of a GPTNeoX\w+; found torch\..*\.Identity"):
         apply_kernels(model)
+
+
+def test_fields_that_only_ours_have_mean_nothing(make_stock, tokens):
+    """A stock model computes as its own class does, whatever else its configuration carries."""
+    model = make_stock(init_method="truncated", norm="rmsnorm", kernels="fast")
+    wanted = model(tokens()).logits
+    assert_near(apply_kernels(model, "torch")(tokens()).logits, wanted)
+
+
+def test_nothing_has_changed_where_the_configuration_is_wrong(make_stock):
+    model = make_stock()
+    model.config.hidden_act = "unheard of"
+    with pytest.raises(ValueError, match="unheard of"):
+        apply_kernels(model)
+    assert type(model) is stock.GPTNeoXForCausalLM
+    assert type(model.gpt_neox.layers[0]) is stock.GPTNeoXLayer

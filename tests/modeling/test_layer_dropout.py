@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from neox_hf.modeling.layer import GPTNeoXLayer
 from neox_hf.modeling.model import GPTNeoXModel
@@ -29,3 +30,19 @@ def test_a_dropout_that_is_watched_is_called(make_config):
     angles = torch.ones(1, 3, 1), torch.zeros(1, 3, 1)
     layer(torch.randn(1, 3, 32), position_embeddings=angles)
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_dropout_has_a_mode_of_its_own(kernels, make_config):
+    """As someone wants who measures without dropout in training, or draws several answers from a trained model."""
+    model = GPTNeoXModel(make_config(kernels=kernels, hidden_dropout=0.5, num_hidden_layers=1))
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    ids = torch.arange(6)[None]
+    wanted = model.eval()(ids, use_cache=False).last_hidden_state
+    for dropout in dropouts:
+        dropout.train()
+    assert not torch.allclose(model(ids, use_cache=False).last_hidden_state, wanted)
+    model.train()
+    for dropout in dropouts:
+        dropout.eval()
+    assert torch.equal(model(ids, use_cache=False).last_hidden_state, wanted)

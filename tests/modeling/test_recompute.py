@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from neox_hf.modeling.recompute import recompute_kwargs
+from neox_hf.parallel.data_parallel import accumulate_gradients_in_fp32
 
 LAYERS, HIDDEN, ROWS, LENGTH = 2, 64, 4, 32
 WIDTH_BYTES = ROWS * LENGTH * HIDDEN * 4
@@ -128,3 +129,30 @@ def test_full_is_what_transformers_does_by_itself(make_model):
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="activation_checkpointing='half' is unknown; choose one of none, selective"):
         recompute_kwargs("half")
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_the_embedding_stays_with_its_kernel(make_model, mode):
+    """transformers' hook on it asks for a gradient that is there; a bf16 sum elsewhere would be rounded once more."""
+    gradients = []
+    for arguments in (None, recompute_kwargs(mode)):
+        model = make_model(kernels="triton", num_hidden_layers=1).bfloat16().train()
+        accumulate_gradients_in_fp32(model)
+        if arguments is not None:
+            model.activation_checkpointing_enable(arguments)
+            assert model.gpt_neox.embed_in._forward_hooks
+        tokens = torch.arange(8)[None]
+        with Watch() as forward:
+            model(tokens, labels=tokens, use_cache=False).loss.backward()
+        assert forward.count("neox_hf::embedding_gradient") == 1
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_a_frozen_embedding_hears_what_is_asked_of_it(make_model):
+    model = make_model(kernels="triton", num_hidden_layers=1).train()
+    model.gpt_neox.embed_in.requires_grad_(False)
+    model.enable_input_require_grads()
+    assert model.gpt_neox.embed(torch.arange(8)[None]).requires_grad
+    model.disable_input_require_grads()
+    assert not model.gpt_neox.embed(torch.arange(8)[None]).requires_grad

@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
 from neox_hf import GPTNeoXConfig, GPTNeoXForCausalLM
 from neox_hf.modeling import layer_graphs
 from neox_hf.modeling.layer_graphs import LayerGraphs
+from neox_hf.parallel import Linear
 from neox_hf.parallel.data_parallel import DataParallel, accumulate_gradients_in_fp32
 from tests.gloo import run_ranks
 from tests.modeling.replayed_passes import ComputedPass
@@ -85,3 +87,89 @@ def test_passes_that_are_captured_exchange_their_gradients_too():
     for index, (wanted, found) in enumerate(zip(plain[0], replayed[0], strict=True)):
         assert torch.equal(wanted, found), index
     assert all(torch.equal(a, b) for a, b in zip(*replayed, strict=True))
+
+
+class OneLayer(nn.Module):
+    """Runs one layer twice, by one name or by two."""
+
+    def __init__(self, names: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = Linear(6, 6)
+        self.other = Linear(6, 6)
+        if names == 2:
+            self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        again = getattr(self, "second", self.first)
+        return again(self.other(self.first(x).tanh()).tanh()).float().square().sum()
+
+
+def model_of(seed: int) -> GPTNeoXForCausalLM:
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(**SMALL | {"num_hidden_layers": 1}, attn_implementation="sdpa", kernels="triton")
+    return GPTNeoXForCausalLM(config).bfloat16().train()
+
+
+def tied_by_hand(seed: int) -> GPTNeoXForCausalLM:
+    model = model_of(seed)
+    model.lm_head.weight = model.gpt_neox.embed_in.weight
+    return model
+
+
+def words(rank: int, micro: int) -> torch.Tensor:
+    return torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(10 * rank + micro))
+
+
+def two_passes(model: nn.Module, rank: int) -> torch.Tensor:
+    """One loss of two forward passes, as where answers are compared."""
+    passes = [model(words(rank, micro), labels=words(rank, micro), use_cache=False) for micro in range(2)]
+    return sum(one.loss for one in passes)
+
+
+def one_pass(model: nn.Module, rank: int) -> torch.Tensor:
+    return model(words(rank, 0), labels=words(rank, 0), use_cache=False).loss
+
+
+USED_AGAIN = {
+    "two passes": (model_of, two_passes),
+    "tied by hand": (tied_by_hand, one_pass),
+    "two names": (lambda seed: OneLayer(2, seed).bfloat16(), lambda model, rank: model(inputs(rank, 0))),
+}
+
+
+def gradients_used_again(rank: int, kind: str, replicas: bool) -> list[torch.Tensor]:
+    """As a replica; or alone, divided by the number of replicas."""
+    make, loss = USED_AGAIN[kind]
+    model = make(seed=0)
+    if replicas:
+        replica = DataParallel(model, bucket_elements=100)
+        for _ in range(2):
+            replica.zero_grad()
+            loss(replica, rank).backward()
+    else:
+        accumulate_gradients_in_fp32(model)
+        for each in range(2):
+            (loss(model, each) / 2).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", USED_AGAIN)
+def test_parameters_that_are_used_again_travel_when_all_has_come(kind):
+    wanted = gradients_used_again(0, kind, False)
+    found = run_ranks(gradients_used_again, 2, kind, True)
+    for gradients in found:
+        for gradient, exact in zip(gradients, wanted, strict=True):
+            assert (gradient - exact).norm() <= 1e-2 * exact.norm() + 1e-5
+
+
+def layer_that_runs_twice(rank: int) -> str:
+    replica = DataParallel(OneLayer(1).bfloat16(), bucket_elements=10)
+    with pytest.raises(ValueError, match="came after its bucket had left") as found:
+        replica(inputs(rank, 0)).backward()
+    return str(found.value)
+
+
+def test_a_gradient_that_comes_too_late_is_told():
+    for message in run_ranks(layer_that_runs_twice, 2):
+        assert "within no_sync()" in message
