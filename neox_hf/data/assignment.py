@@ -3,9 +3,11 @@
 A *turn* is the ordinal of the part, within its epoch, that a stream is in. Two rules, chosen by the
 source and the number of streams alone:
 
-- `OwnedParts`: the parts of a source are dealt to the streams. For documents, spans, and as many files as streams.
-- `DealtRows`: there are fewer sequential files than streams, so their rows are dealt. Each process reads the files
-  once for all of its streams, and the rows of other processes' streams are passed over unparsed.
+- `OwnedParts`: the parts of a source are dealt to the streams. For documents, spans, and as many files as streams,
+  which should be about equally large.
+- `DealtRows`: there are sequential files, and fewer than streams, so rows are dealt, those of other files in the source
+  too. Each process reads the files once for all of its streams, and the rows of other processes' streams are passed
+  over unparsed.
 
 In both, place p of epoch e belongs to stream (p - e) mod L: the assignment moves on by one each epoch, so each epoch
 is dealt out whole and no stream stays without documents. A stream beyond the end of a small source has none in early
@@ -92,7 +94,7 @@ class DealtRows:
 
     Memory: a stream of long documents advances more slowly than one of short ones, and the rows in between wait here.
     Their number grows with the square root of the rows read, to about 1 % of a file after 100 000 rows per stream.
-    Give large compressed data as at least `data.streams` files, or uncompressed, and nothing waits.
+    Give large compressed data as at least `data.streams` files of about equal size, or uncompressed, and nothing waits.
     """
 
     def __init__(
@@ -142,8 +144,8 @@ def assign(
     source: Source, order: Order, streams: int, starts: Mapping[int, Cursor], owned: Collection[int]
 ) -> Assignment:
     """The rule for a source. `owned`: this process's streams; `starts`: cursors of those not at their beginning."""
-    if source.sequential and source.parts < streams:
+    if 0 < source.sequential_parts < streams:
         return DealtRows(source, order, streams, starts, owned)
-    if source.sequential:
+    if source.sequential_parts:
         allow_open_files(len(owned))
     return OwnedParts(source, order, streams, starts)

@@ -12,7 +12,7 @@ from neox_hf.data.word_encoding import word_encoder
 from neox_hf.errors import DataError
 
 # Longer texts are tokenized in pieces, cut after a line or a word: a tokenizer needs some 100 bytes a token while it
-# works.
+# works. Ids are the tokenizer's own of each piece: a token that lies across a cut is none.
 PIECE_CHARACTERS = 1 << 20
 
 
@@ -25,12 +25,12 @@ class DocumentEncoder:
             raise DataError("the tokenizer has no end-of-document token; set its eos_token")
         self._tokenizer = plain_copy(tokenizer)
         self._words = word_encoder(self._tokenizer)
-        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.vocab_size = ids_of(tokenizer) if vocab_size is None else vocab_size
         self.end_of_document = int(tokenizer.eos_token_id)
         if self.end_of_document >= self.vocab_size:
             raise DataError(
                 f"the tokenizer's end-of-document token {tokenizer.eos_token!r} has id {self.end_of_document}, at or "
-                f"over vocab_size={self.vocab_size}; set model.vocab_size to at least {len(tokenizer)}"
+                f"over vocab_size={self.vocab_size}; set model.vocab_size to at least {ids_of(tokenizer)}"
             )
 
     def encode(self, documents: Sequence[Document]) -> tuple[np.ndarray, list[int]]:
@@ -87,11 +87,19 @@ def text_pieces(text: str) -> Iterator[str]:
 def plain_copy(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """The `tokenizers` object of a fast tokenizer, copied, without truncation and padding."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # which the text leaves out
     copy.no_truncation()
     copy.no_padding()
     return copy
 
 
+def ids_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs: some vocabularies have gaps, so that they are more than tokens."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Of everything that decides which ids a text gets, and of the end-of-document token."""
-    return sha256(f"{tokenizer.eos_token_id} {plain_copy(tokenizer).to_str()}".encode()).hexdigest()
+    copy = plain_copy(tokenizer)
+    split = " split" if copy.encode_special_tokens else ""
+    return sha256(f"{tokenizer.eos_token_id}{split} {copy.to_str()}".encode()).hexdigest()

@@ -34,6 +34,15 @@ FORMATS = (".jsonl", ".txt", ".parquet")
 FINGERPRINT_BYTES = 4096
 
 
+def fingerprint_of(path: Path) -> str:
+    """Of the size and both ends of the file: reading all of it would take hours where it matters most."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(FINGERPRINT_BYTES)
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        return sha256(f"{size} ".encode() + head + file.read()).hexdigest()
+
+
 class DataFile(ABC):
     """One local file. `sequential`: a part holds many rows and can only be read from its beginning."""
 
@@ -64,12 +73,7 @@ class DataFile(ABC):
         return position
 
     def fingerprint(self) -> str:
-        """Of the size and both ends of the file: reading all of it would take hours where it matters most."""
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            head = file.read(FINGERPRINT_BYTES)
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            return sha256(f"{size} ".encode() + head + file.read()).hexdigest()
+        return fingerprint_of(self.path)
 
 
 class TextFile(DataFile):
@@ -148,12 +152,16 @@ class ParquetFile(DataFile):
         file = self._open()
         known = self.key in file.schema_arrow.names
         number, first = 0, position or 0
-        for batch in file.iter_batches(self.rows_at_once, row_groups=[start], columns=[self.key] if known else None):
-            if number + batch.num_rows > first:
-                for offset, value in enumerate(_values(batch.column(self.key)) if known else batch.to_pylist()):
-                    if number + offset >= first:
-                        yield Row(number + offset, {self.key: value} if known else value)
-            number += batch.num_rows
+        columns = [self.key] if known else None
+        try:
+            for batch in file.iter_batches(self.rows_at_once, row_groups=[start], columns=columns):
+                if number + batch.num_rows > first:
+                    for offset, value in enumerate(_values(batch.column(self.key)) if known else batch.to_pylist()):
+                        if number + offset >= first:
+                            yield Row(number + offset, {self.key: value} if known else value)
+                number += batch.num_rows
+        except (OSError, pyarrow.ArrowException) as error:
+            yield Row(max(number, first), b"", BadRow("damaged_file", f"row group {start} is damaged: {error}"))
 
     def text(self, row: Row) -> str:
         value = row.value.get(self.key)

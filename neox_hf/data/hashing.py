@@ -11,6 +11,7 @@ from itertools import accumulate
 WORD = 1 << 64
 _MASK = WORD - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
+_ROOT = 0x6A09E667F3BCC908  # 2**64 times what the square root of 2 is above 1
 
 # What a hash is for; two uses never share their numbers.
 ORDER, HELD_OUT = 1, 2
@@ -49,14 +50,19 @@ def is_held_out(fraction: float, *key: int) -> bool:
 
 
 class WeightedChoice:
-    """Which of several sources sample j comes from: the golden-ratio sequence against the cumulative weights.
+    """Which of several sources sample j comes from, where sample j is of stream j mod `streams`.
 
-    The sequence has low discrepancy: after any number of samples each source has its share to within a few samples.
+    A low-discrepancy sequence against the cumulative weights: after any number of samples each source has its share to
+    within a few samples, in the whole and in each stream. So it advances by the golden ratio from one sample of a
+    stream to its next, and by another irrational number from stream to stream: by one number alone, a stream would come
+    back to the same source again and again wherever `streams` times that number is nearly whole.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], streams: int) -> None:
         total = sum(weights)
         self._bounds = [int(bound / total * WORD) for bound in accumulate(weights)][:-1]
+        self._streams = streams
 
     def __call__(self, sample: int) -> int:
-        return bisect_right(self._bounds, sample * _GOLDEN & _MASK)
+        turn, stream = divmod(sample, self._streams)
+        return bisect_right(self._bounds, turn * _GOLDEN + stream * _ROOT & _MASK)

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 
 from neox_hf.data.bad_rows import text_of_record
+from neox_hf.data.files import fingerprint_of
 from neox_hf.data.lines import Row
 from neox_hf.data.settings import SourceSettings
 from neox_hf.errors import DataError
@@ -17,8 +18,6 @@ class HubSource:
     Resuming inside a shard skips its rows without tokenizing them. Faults that the dataset's own reader meets (broken
     files, the network) end the run with a DataError: `data.bad_rows` speaks of rows that could be read.
     """
-
-    sequential = True
 
     def __init__(self, settings: SourceSettings) -> None:
         self.path = settings.path
@@ -33,7 +32,7 @@ class HubSource:
                 f"revision={settings.revision}): {error}"
             ) from error
         self._data_files = (builder.config.data_files or {}).get(settings.split) or []
-        self.parts = self._rows.num_shards
+        self.parts = self.sequential_parts = self._rows.num_shards
 
     def rows(self, part: int, position: int | None) -> Iterator[Row]:
         first = position or 0
@@ -58,8 +57,15 @@ class HubSource:
         return self.where(part, position)
 
     def fingerprint(self) -> dict[str, str]:
-        """Names of the data files; those on the Hub carry the commit they belong to."""
+        """Names of the data files; those on the Hub carry the commit they belong to, local ones what is in them."""
         settings = self._settings
-        files = [str(name) if "://" in str(name) else Path(name).name for name in self._data_files]
+        files = [_described(str(name)) for name in self._data_files]
         described = f"name={settings.name} split={settings.split} shards={self.parts}"
         return {self._name if not Path(self._name).exists() else Path(self._name).name: " ".join([described, *files])}
+
+
+def _described(name: str) -> str:
+    path = Path(name)
+    if "://" in name or not path.is_file():
+        return name
+    return f"{path.name}:{fingerprint_of(path)}"

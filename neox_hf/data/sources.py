@@ -1,8 +1,10 @@
 """Sources of documents: a source is a numbered list of parts, and a part is a list of rows."""
 
+import logging
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from glob import glob, has_magic
 from hashlib import sha256
@@ -17,10 +19,15 @@ from neox_hf.data.lines import Row, is_compressed
 from neox_hf.data.settings import SourceSettings
 from neox_hf.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 # Below this many bytes of lines every line is a part of its own, and the shuffle is one of single documents.
 INDEXED_BYTES = 256 * 1024 * 1024
 SPANS_PER_STREAM = 16
 LEAST_SPAN_BYTES, MOST_SPAN_BYTES = 64 * 1024, 1024 * 1024
+
+UNEVEN = 3
+"""Times the mean, of a file that is a share; see `assignment.OwnedParts`."""
 
 # A data state names up to this many files; it must stay small.
 MOST_NAMED_FILES = 100
@@ -31,7 +38,7 @@ NOT_CORPUS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle
 
 
 class Source(Protocol):
-    """parts: how many there are. sequential: parts hold many rows and are read from their beginning.
+    """parts: how many there are. sequential_parts: how many hold many rows and are read from their beginning.
 
     rows: of a part, from a row's position on. text: of a row without fault; raises BadRow. key: names a document for
     the choice of the held-out ones. where: "file:line", for errors. mark: the same, at no cost, for records.
@@ -39,7 +46,7 @@ class Source(Protocol):
 
     path: str
     parts: int
-    sequential: bool
+    sequential_parts: int
 
     def rows(self, part: int, position: int | None) -> Iterator[Row]: ...
     def text(self, part: int, row: Row) -> str: ...
@@ -65,14 +72,24 @@ class FileSource:
         self._spans = np.concatenate([np.empty((0, 2), np.int64), *parts])
         self._file_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(spans) for spans in parts])
         self.parts = len(self._spans)
-        self.sequential = any(file.sequential for _, file in files)
+        self.sequential_parts = sum(
+            len(spans) for (_, file), spans in zip(files, parts, strict=True) if file.sequential
+        )
+        if self.sequential_parts >= streams:
+            _warn_of_uneven([file.path for _, file in files if file.sequential], path)
 
     def rows(self, part: int, position: int | None) -> Iterator[Row]:
+        """Raises DataError where the file can no longer be read."""
         start, stop = map(int, self._spans[part])
-        return self._file(part).rows(start, stop, position)
+        file = self._file(part)
+        with _to_be_read(file.path):
+            yield from file.rows(start, stop, position)
 
     def text(self, part: int, row: Row) -> str:
-        return self._file(part).text(row)
+        """Raises DataError where the file can no longer be read."""
+        file = self._file(part)
+        with _to_be_read(file.path):
+            return file.text(row)
 
     def key(self, part: int, position: int) -> tuple[int, int]:
         """Names a document by file and place, however lines are cut into parts."""
@@ -91,12 +108,37 @@ class FileSource:
     def fingerprint(self) -> dict[str, str]:
         """Of each file by name; of many files, one of all."""
         prints = {name: file.fingerprint() for name, file in self._files}
+        if 0 < self.sequential_parts < self.parts:
+            prints["dealt"] = "row by row"  # not as in versions before 2026-12
         if len(prints) <= MOST_NAMED_FILES:
             return prints
         return {"files": str(len(prints)), "digest": sha256(repr(sorted(prints.items())).encode()).hexdigest()}
 
     def _file(self, part: int) -> DataFile:
         return self._files[self._file_of[part]][1]
+
+
+@contextmanager
+def _to_be_read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more: {error}") from error
+
+
+def _warn_of_uneven(files: Sequence[Path], source: str) -> None:
+    """Each is the share of one stream, and streams take equally many samples of a source."""
+    sizes = {path: path.stat().st_size for path in files}
+    largest, mean = max(sizes, key=sizes.__getitem__), sum(sizes.values()) / len(sizes)
+    if sizes[largest] > UNEVEN * mean:
+        logger.warning(
+            "data.sources: %s: files that are read from their beginning are dealt to the streams whole, and %s is %.0f "
+            "times as large as their mean: its documents will be read less often than others; split it, or give it as "
+            "a source of its own",
+            source,
+            largest,
+            sizes[largest] / mean,
+        )
 
 
 def _span_bytes(paths: Sequence[Path], streams: int) -> int | None:
@@ -146,7 +188,7 @@ def _list_files(pattern: str) -> tuple[Path, list[str]]:
     """A common root and the sorted names below it of the data files of a path, folder or glob."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+        found = [file for file in _files_below(path) if file.is_file() and not _is_hidden(file.relative_to(path))]
         root, files = path, [file for file in found if format_of(file)]
     elif path.is_file():
         root, files = path.parent, [path]
@@ -159,6 +201,19 @@ def _list_files(pattern: str) -> tuple[Path, list[str]]:
             f"{', '.join(FORMATS)}, plain or compressed as .gz or .zst"
         )
     return root, sorted(_readable(pattern, file).relative_to(root).as_posix() for file in _some(pattern, files))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Those of linked folders, too, each folder once."""
+    seen = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner.sort()
+        yield from (Path(place, name) for name in names)
 
 
 def _some(pattern: str, files: list[Path]) -> list[Path]:

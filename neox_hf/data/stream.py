@@ -86,7 +86,7 @@ class TokenStream:
         # Every rank meets the faults of whole files; the first one records them.
         opening = self.bad_rows if data_rank == 0 else BadRowPolicy(without_copies(settings.bad_rows), quarantine)
         self._sources = open_sources(self._chosen, settings, self.streams, opening)
-        self._choice = WeightedChoice([source.weight for source in self._chosen])
+        self._choice = WeightedChoice([source.weight for source in self._chosen], self.streams)
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         self.position = Position(data_rank, {})
 
@@ -187,6 +187,7 @@ def documents_fingerprint(
     return {
         "sources": [source.fingerprint() for source in sources],
         "weights": [source.weight for source in chosen],
+        **({"mixed": "stream by stream"} if len(chosen) > 1 else {}),  # not as in versions before 2026-12
         "text": [[source.text_key, source.sample_by] for source in chosen],
         "shuffle": settings.shuffle,
         "seed": settings.seed,

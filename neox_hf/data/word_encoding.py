@@ -139,6 +139,7 @@ def word_encoder(tokenizer: Tokenizer) -> WordEncoder | None:
         and normalizer in (None, {"type": "NFC"})
         and parts["truncation"] is None
         and parts["padding"] is None
+        and not tokenizer.encode_special_tokens
         and all(_matches_anywhere(token) for token in added)
     )
     return WordEncoder(tokenizer, composes=normalizer is not None) if fits else None

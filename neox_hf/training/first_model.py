@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from neox_hf.checkpoint import load_released_weights
+from neox_hf.data.encoding import ids_of
 from neox_hf.errors import RecipeError
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
@@ -35,7 +36,7 @@ def first_model(
     if settings.pretrained is not None:
         config = released_config(settings)
     else:
-        config = model_config(settings, tokens=len(tokenizer), seq_length=seq_length)
+        config = model_config(settings, tokens=ids_of(tokenizer), seq_length=seq_length)
         config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     model = empty_model(config, topology, args.numeric.weights)
     if args.deepspeed and args.deepspeed["zero_optimization"]["stage"] == 3:

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 from neox_hf.data.hashing import WeightedChoice, is_held_out, mix, permuted
@@ -27,13 +29,21 @@ def test_held_out_share_and_that_a_larger_fraction_keeps_the_smaller_set():
     assert small < large
 
 
-def test_every_prefix_has_each_source_in_its_share():
-    choose = WeightedChoice([1.0, 3.0, 4.0])
-    counts = [0, 0, 0]
-    for sample in range(5000):
-        counts[choose(sample)] += 1
-        wanted = [(sample + 1) * share for share in (0.125, 0.375, 0.5)]
-        assert max(abs(count - want) for count, want in zip(counts, wanted, strict=True)) < 5
+# Among them such that the golden ratio times them is nearly whole, or nearly a simple fraction.
+@pytest.mark.parametrize("streams", [1, 2, 13, 48, 72, 144, 600, 610, 960])
+@pytest.mark.parametrize("weights", [[1.0, 3.0, 4.0], [9.0, 1.0], [1.0, 1.0], [99.0, 1.0]])
+def test_every_prefix_has_each_source_in_its_share_also_in_each_stream(weights, streams):
+    choose = WeightedChoice(weights, streams)
+    shares = [weight / sum(weights) for weight in weights]
+    counts = Counter()
+    by_stream = [Counter() for _ in range(streams)]
+    for sample in range(max(40 * streams, 5000)):
+        source, stream = choose(sample), sample % streams
+        counts[source] += 1
+        by_stream[stream][source] += 1
+        assert all(abs(counts[one] - (sample + 1) * share) < 7 for one, share in enumerate(shares))
+        turns = sample // streams + 1
+        assert all(abs(by_stream[stream][one] - turns * share) < 3.5 for one, share in enumerate(shares))
 
 
 PINNED_ORDER = [8, 9, 5, 4, 1, 0, 2, 6, 3, 7]

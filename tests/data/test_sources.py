@@ -5,6 +5,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets.config
@@ -14,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from neox_hf.data import DataSettings, SourceSettings
+from neox_hf.data import DataSettings, SourceSettings, StreamLoader
 from neox_hf.data.bad_rows import BadRowPolicy
 from neox_hf.data.sources import open_source
 from neox_hf.errors import DataError
@@ -89,6 +90,44 @@ def test_bad_rows_of_parquet(tmp_path, stream_over, columns, message):
         first_samples(stream_over(settings_for(path)), 8)
 
 
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_a_parquet_file_with_a_damaged_page(tmp_path, stream_over, bad_rows):
+    texts = [f"text {number} of {'some ' * 50}" for number in range(40)]
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=20, use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    begin = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    raw[begin + 20 : begin + 120] = b"\xff" * 100
+    path.write_bytes(raw)
+    settings = settings_for(path, bad_rows=bad_rows, streams=1)
+    if bad_rows == "error":
+        with pytest.raises(DataError, match=r"a.parquet:21: damaged_file: row group 1 is damaged: "):
+            first_samples(stream_over(settings), 400)
+    else:
+        assert len(first_samples(stream_over(settings), 400)) == 400
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.txt", "b.parquet"])
+def test_a_file_that_is_gone_during_the_run(tmp_path, stream_over, name, workers):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    path = tmp_path / name
+    write_parquet(path, {"text": ["two"]}) if path.suffix == ".parquet" else write_jsonl(path, ["two"])
+    loader = StreamLoader(stream_over(settings_for(tmp_path, streams=1)), 1, workers=workers)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{name}: cannot be read any more: .*No such file"):
+        list(islice(loader, 40))
+
+
+def test_linked_folders_are_read_once_each(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    for place in (elsewhere, folder):
+        place.mkdir()
+        write_jsonl(place / "a.jsonl", [place.name])
+    (folder / "more").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(folder, target_is_directory=True)
+    assert sorted(texts_of(open_one(folder))) == ["elsewhere", "folder"]
+
+
 def test_a_parquet_file_that_is_none(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"a.parquet: damaged_file: not a readable parquet file"):
@@ -153,10 +192,15 @@ def test_a_hub_dataset_is_streamed_by_shards(dataset, stream_over):
 
 
 def test_a_hub_datasets_fingerprint_names_split_and_files(dataset):
-    folder, _ = dataset
-    assert open_one(f"hub:{folder}").fingerprint() == {
-        "dataset": "name=None split=train shards=3 0.jsonl 1.jsonl 2.jsonl"
-    }
+    """And of local files what is in them: nobody gives those a revision."""
+    folder, files = dataset
+    before = open_one(f"hub:{folder}").fingerprint()["dataset"]
+    head, *named = before.rsplit(" ", 3)
+    assert head == "name=None split=train shards=3"
+    assert [name.split(":")[0] for name in named] == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    write_jsonl(folder / "1.jsonl", files[1][:-1])
+    after = open_one(f"hub:{folder}").fingerprint()["dataset"].rsplit(" ", 3)
+    assert [one == other for one, other in zip(after, [head, *named], strict=True)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The sample sequence against a naive program's, for every rule by which documents reach streams."""
 
+import random
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -68,6 +69,34 @@ def test_streams_own_whole_compressed_files_where_there_are_enough(tmp_path, str
     assert first_samples(stream_over(settings_for(tmp_path)), COUNT) == wanted
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_plain_and_compressed_files_of_one_source_are_read_equally_often(tmp_path, stream_over, shuffle):
+    plain, packed = ([f"<{kind}{number}>" for number in range(60)] for kind in "ab")
+    write_jsonl(tmp_path / "a.jsonl", plain)
+    write_jsonl(tmp_path / "b.jsonl.gz", packed)
+    settings = settings_for(tmp_path, streams=4, seq_length=12, shuffle=shuffle)
+    samples = first_samples(stream_over(settings), 480)
+    by_stream = [[token for sample in samples[stream::4] for token in sample[:-1]] for stream in range(4)]
+    read = Counter(
+        text
+        for tokens in by_stream
+        for text in "".join("|" if token == END else chr(token) for token in tokens).split("|")
+    )
+    assert set(plain + packed) <= set(read)
+    shares = [sum(read[text] for text in texts) for texts in (plain, packed)]
+    assert abs(shares[0] - shares[1]) < 0.1 * sum(shares)
+
+
+def test_files_that_are_shares_of_unequal_size_are_told(tmp_path, stream_over, caplog):
+    for number, documents in enumerate([3, 3, 3, 3, 400]):
+        texts = [f"{number} {random.Random(n).random()}" for n in range(documents)]
+        write_jsonl(tmp_path / f"{number}.jsonl.gz", texts)
+    stream_over(settings_for(tmp_path, streams=8))
+    assert not caplog.records  # their rows are dealt
+    stream_over(settings_for(tmp_path, streams=4))
+    assert "4.jsonl.gz is 5 times as large as their mean: its documents will be read less often" in caplog.text
+
+
 def test_a_large_file_is_read_in_spans_without_an_index(tmp_path, stream_over, monkeypatch):
     monkeypatch.setattr(sources, "INDEXED_BYTES", 0)
     monkeypatch.setattr(sources, "LEAST_SPAN_BYTES", 200)
@@ -115,7 +144,7 @@ def test_sources_keep_their_weights_and_their_own_order(tmp_path, stream_over):
         settings, sources=[SourceSettings(path=str(p), weight=w) for p, w in zip(paths, (1.0, 3.0), strict=True)]
     )
     samples = list(islice(stream_over(settings), 200))
-    assert abs(Counter(sample.lane[0] for sample in samples)[0] - 50) <= 1
+    assert abs(Counter(sample.lane[0] for sample in samples)[0] - 50) <= 2
     for number, texts in enumerate((left, right)):
         for stream in range(2):
             found = [sample.tokens.tolist() for sample in samples if sample.lane == (number, stream)]

@@ -14,7 +14,7 @@ from neox_hf.data.documents import Document
 from neox_hf.data.encoding import PIECE_CHARACTERS, DocumentEncoder, text_pieces, tokenizer_fingerprint
 from neox_hf.data.tokenizer_corpus import TokenizerCorpus
 from neox_hf.errors import DataError
-from tests.data.naive import make_texts, settings_for, write_jsonl
+from tests.data.naive import END, make_texts, settings_for, write_jsonl
 
 HARD = "Naïve\t«test» \r\n\n  日本語 🙂 \x00 <0x41> Ġ end "
 
@@ -186,6 +186,24 @@ def test_truncation_and_padding_of_another_user_do_not_reach_the_stream(tokenize
 def test_a_tokenizer_without_an_end_is_refused():
     with pytest.raises(DataError, match="has no end-of-document token"):
         DocumentEncoder(plain_fast({"a": 0}), None)
+
+
+def test_special_tokens_that_are_to_be_split_are_no_ends(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    split = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
+    text = f"a{tokenizer.eos_token}b"
+    for one in (tokenizer, split):
+        tokens, _ = DocumentEncoder(one, None).encode([document(text)])
+        assert tokens.tolist() == [*one(text, add_special_tokens=False)["input_ids"], END]
+    assert tokens.tolist() == [*text.encode(), END]
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(split)
+
+
+def test_a_vocabulary_with_gaps_needs_rows_for_its_largest_id():
+    gaps = plain_fast({"a": 0, "end": 9}, eos_token="end")
+    assert DocumentEncoder(gaps, None).vocab_size == 10
+    with pytest.raises(DataError, match=r"vocab_size=5; set model.vocab_size to at least 10"):
+        DocumentEncoder(gaps, 5)
 
 
 def test_negative_ids_are_refused(tokenizer):

@@ -75,7 +75,8 @@ class HubRepository:
             self._api.preupload_lfs_files(self.repo_id, [addition], revision=revision, free_memory=False)
         names = {path.name for path in files}
         present = self._api.list_repo_files(self.repo_id, revision=revision)
-        stale = [CommitOperationDelete(name) for name in present if is_weights(name) and name not in names]
+        ours = [name for name in present if "/" not in name]  # nothing goes into folders: those are somebody else's
+        stale = [CommitOperationDelete(name) for name in ours if is_weights(name) and name not in names]
         self._api.create_commit(self.repo_id, [*additions, *stale], commit_message=title, revision=revision)
 
 

@@ -94,6 +94,20 @@ def test_the_final_model_carries_its_card_and_replaces_older_shards(hub, setting
     assert sums(files)["model.safetensors"] == local_sums(whole)["model.safetensors"]
 
 
+def test_weights_in_folders_are_somebody_elses(hub, settings, checkpoint, tmp_path):
+    folder = checkpoint(1)
+    first = HubPublisher(settings, tmp_path)
+    first.publish_final(folder)
+    first.close(60)
+    theirs = {"onnx/model.safetensors": b"theirs", "adapter/adapter_config.json": b"{}"}
+    hub.repositories[REPO].commit("main", "theirs", hub.files(REPO) | theirs)
+    (folder / "config.json").write_text("{}")
+    again = HubPublisher(settings, tmp_path)
+    again.publish_final(folder)
+    assert again.close(60).pushed == ["main"]
+    assert set(hub.files(REPO)) == PUSHED_FILES | set(theirs)
+
+
 def test_publishing_the_same_checkpoint_again_makes_no_second_commit(hub, settings, checkpoint, tmp_path):
     folder = checkpoint(1)
     for _ in range(2):
