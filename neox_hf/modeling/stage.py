@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from neox_hf.errors import TopologyError
 from neox_hf.kernels.weight_gradient import sum_of
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.parallel.topology import Topology
@@ -49,6 +50,13 @@ class Stage(nn.Module):
         """The stage of what `model` holds here, the layers that are not on `meta`; the rest is not trained here."""
         held = [number for number, layer in enumerate(model.gpt_neox.layers) if not _is_on_meta(layer)]
         assert held, "no layer of the model is on this rank"
+        begins, ends = held[0] == 0, held[-1] + 1 == len(model.gpt_neox.layers)
+        if (begins, ends) != (topology.pipeline_rank == 0, topology.is_last_stage):
+            raise TopologyError(
+                f"stage {topology.pipeline_rank} of {topology.pipeline} has layers {held[0]} to {held[-1]} of "
+                f"{len(model.gpt_neox.layers)} in memory, which are not its own: build the model with the topology, "
+                "as neox_hf.training.first_model does"
+            )
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and not parameter.is_meta)
         return cls(model, topology, held[0], held[-1] + 1)

@@ -88,6 +88,12 @@ class DataParallel(nn.Module):
         self._register_hooks()
         self.zero_grad()
 
+    def _get_name(self) -> str:
+        """That of the model itself. transformers asks for it to know whether labels are those of next tokens, and
+        looks into other wrappers than this one."""
+        adapted = hasattr(self.module, "get_base_model")  # by PEFT
+        return (self.module.get_base_model() if adapted else self.module)._get_name()
+
     def forward(self, *args, **kwargs):
         self._passes += torch.is_grad_enabled()
         return self.module(*args, **kwargs)

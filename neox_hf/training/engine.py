@@ -5,9 +5,13 @@ the `PipelineEngine` runs the steps; the trainer does not change for it.
 """
 
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
+from accelerate.state import GradientState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -47,6 +51,9 @@ class Engine(Protocol):
     def clip_gradients(self, model: nn.Module) -> Tensor:
         """Have the step clip to `max_grad_norm`, here or as it is taken; the norm before."""
 
+    def norm_of_parts(self) -> Tensor | None:
+        """Where nothing clips, the norm of gradients of which each rank has a part; None: any rank can tell it."""
+
     def drop_step(self) -> None:
         """See to it that the step whose gradients are not finite changes neither weights nor optimizer."""
 
@@ -85,6 +92,10 @@ class OptimizerBoxes:
         """The trainer's optimizer without Accelerate's wrapper: a torch optimizer, or one of DeepSpeed's."""
         optimizer = self.trainer.optimizer
         return getattr(optimizer, "optimizer", optimizer)
+
+    def norm_of_parts(self) -> Tensor | None:
+        whole = getattr(self.optimizer, "parts", None) is None
+        return None if whole else self.optimizer.clip_in_step(math.inf)
 
     def save_boxes(self, writer: CheckpointWriter) -> None:
         model = self.trainer.model
@@ -174,6 +185,21 @@ class NativeEngine(OptimizerBoxes):
         self.optimizer.zero_grad()
 
     def evaluate(self, batches, **loop: object) -> EvalLoopOutput:
-        if isinstance(batches, EvaluationBatches) and self.trainer.model_accepts_loss_kwargs:
+        if not isinstance(batches, EvaluationBatches):
+            return Trainer.evaluation_loop(self.trainer, batches, **loop)
+        if self.trainer.model_accepts_loss_kwargs:
             batches = WeighedBatches(batches, self.topology, self.trainer.args)
-        return Trainer.evaluation_loop(self.trainer, batches, **loop)
+        with _no_remainder(self.trainer.accelerator.gradient_state):
+            return Trainer.evaluation_loop(self.trainer, batches, **loop)
+
+
+@contextmanager
+def _no_remainder(state: GradientState) -> Iterator[None]:
+    """Let Accelerate know of no data loader. At the end of the one that training reads it would cut batches that are
+    gathered to what that one has left over, as if they were its last."""
+    before = state.dataloader_references
+    state.dataloader_references = [*before, None]
+    try:
+        yield
+    finally:
+        state.dataloader_references = before

@@ -1,9 +1,11 @@
 """A model as a run of one trainer wants it, whatever the trainer before has set on it."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from neox_hf.kernels.weight_gradient import ATTRIBUTE, SumInGrad, sum_in
+from neox_hf.kernels.weight_gradient import ATTRIBUTE, sum_in
 from neox_hf.modeling.causal_lm import regularise_logits
 from neox_hf.parallel import Linear
 from neox_hf.training.arguments import NeoXTrainingArguments
@@ -32,9 +34,17 @@ def _undo_former_run(model: nn.Module) -> None:
         if isinstance(module, Linear):
             module.fp8 = None
     for parameter in model.parameters():
-        if not isinstance(getattr(parameter, ATTRIBUTE, None), SumInGrad):
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        for key in [key for key, hook in hooks.items() if _is_a_runs(hook)]:
+            del hooks[key]  # else gradients would go on into buckets and optimizers of that run
+        if not _is_a_runs(getattr(parameter, ATTRIBUTE, None)):
             continue
         sum_in(parameter, None)
         if parameter.grad_dtype == torch.float32 != parameter.dtype:
             parameter.grad = None
             parameter.grad_dtype = parameter.dtype
+
+
+def _is_a_runs(of_a_parameter: Any) -> bool:
+    """Whether ours or DeepSpeed's code has attached it, and not a user's."""
+    return (getattr(of_a_parameter, "__module__", None) or "").partition(".")[0] in ("neox_hf", "deepspeed")

@@ -23,10 +23,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from neox_hf.data import EvaluationBatches
 from neox_hf.modeling.stage import Stage
+from neox_hf.parallel.collectives import together
 from neox_hf.training.deepspeed_optimizer import DeepSpeedOptimizer
 from neox_hf.training.graphs import graph_layers
 from neox_hf.training.label_weights import count_labels
-from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
+from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer, check_trains
 from neox_hf.training.pipeline_module import StageModule
 from neox_hf.training.split_backward import PostponedProducts, split_backward
 from neox_hf.training.stage_messages import StageMessages
@@ -52,8 +53,10 @@ class PipelineEngine(DeepSpeedOptimizer):
     def prepare(self, model: nn.Module) -> nn.Module:
         """DeepSpeed's engine around this rank's stage; `model` stays what configuration and names are asked of."""
         trainer = self.trainer
+        together(self.topology, lambda: check_trains(self.stage, self.topology))
         self.take_accumulation()
         self._let_go()
+        self._collected = []  # of a step that was never taken
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, its topology and its seeds
             deepspeed.init_distributed(dist.get_backend())  # with torch's process group, which there is already
             module = StageModule(self.stage, self.topology)

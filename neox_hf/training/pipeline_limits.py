@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from neox_hf.data import EvaluationBatches, TokenStream
+from neox_hf.modeling.stage import Stage
+from neox_hf.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from neox_hf.training.trainer import NeoXTrainer
@@ -47,6 +49,19 @@ def check_trainer(trainer: "NeoXTrainer") -> None:
         raise ValueError(
             f"{trainer.topology} needs DeepSpeed: pass deepspeed=deepspeed_config(...) of "
             "neox_hf.training.deepspeed_config to the training arguments"
+        )
+
+
+def check_trains(stage: Stage, topology: Topology) -> None:
+    """Refuse a stage where everything is frozen: DeepSpeed's optimizer would fail there, and other stages wait for it.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not any(parameter.requires_grad for parameter in stage.parameters()):
+        raise ValueError(
+            f"nothing is trained on pipeline stage {topology.pipeline_rank} of {topology.pipeline}: every parameter "
+            "there is frozen, and DeepSpeed's optimizer needs one; use parallel.pipeline=1, or fewer stages"
         )
 
 

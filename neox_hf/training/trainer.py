@@ -161,6 +161,9 @@ class NeoXTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         compile_layers(model, self.args, self.accelerator)
+        if training:
+            # By which Accelerate knows a model again: also one that an evaluation has brought to it, without replicas.
+            vars(model).pop("_is_accelerate_prepared", None)
         wrapped = super()._wrap_model(model, training, dataloader)
         return self.engine.prepare(wrapped) if training else wrapped
 
@@ -189,6 +192,8 @@ class NeoXTrainer(Trainer):
         return self.engine.clip_gradients(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        if grad_norm is None:  # nothing is clipped
+            grad_norm = self.engine.norm_of_parts()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.guard.must_skip(self.state.global_step + 1, norm):
             self.engine.drop_step()

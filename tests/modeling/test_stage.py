@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from neox_hf.errors import TopologyError
 from neox_hf.kernels.weight_gradient import SumInGrad, sum_in
 from neox_hf.modeling.causal_lm import GPTNeoXForCausalLM
 from neox_hf.modeling.configuration import GPTNeoXConfig
@@ -113,3 +114,10 @@ def test_modes_reach_what_runs_the_layers():
     assert not model.gpt_neox.training
     stage.train()
     assert model.gpt_neox.training
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_model_that_is_whole_everywhere_is_told(rank):
+    model = GPTNeoXForCausalLM(config())
+    with pytest.raises(TopologyError, match=rf"stage {rank} of 2 has layers 0 to 3 of 4 in memory, .*first_model does"):
+        Stage.of_materialised(model, Topology(pipeline=2, rank=rank))

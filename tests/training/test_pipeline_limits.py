@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from neox_hf.data import EvaluationBatches, TokenStream
 from neox_hf.parallel.topology import Topology
-from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer
+from neox_hf.training.pipeline_limits import check_batches, check_prediction, check_trainer, check_trains
 
 
 def fitting_trainer(**changes) -> SimpleNamespace:
@@ -65,6 +66,15 @@ def test_a_step_with_too_few_micro_batches():
     check_batches(4, 4)
     with pytest.raises(ValueError, match="a step has 3 micro-batches where gradient_accumulation_steps=4"):
         check_batches(3, 4)
+
+
+def test_a_stage_that_is_frozen():
+    stage, topology = nn.Linear(2, 2), Topology(pipeline=3, rank=1)
+    stage.weight.requires_grad_(False)
+    check_trains(stage, topology)
+    stage.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing is trained on pipeline stage 1 of 3: every parameter there is"):
+        check_trains(stage, topology)
 
 
 def test_predicting():
