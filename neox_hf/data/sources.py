@@ -108,8 +108,6 @@ class FileSource:
     def fingerprint(self) -> dict[str, str]:
         """Of each file by name; of many files, one of all."""
         prints = {name: file.fingerprint() for name, file in self._files}
-        if 0 < self.sequential_parts < self.parts:
-            prints["dealt"] = "row by row"  # not as in versions before 2026-12
         if len(prints) <= MOST_NAMED_FILES:
             return prints
         return {"files": str(len(prints)), "digest": sha256(repr(sorted(prints.items())).encode()).hexdigest()}

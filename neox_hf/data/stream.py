@@ -99,10 +99,17 @@ class TokenStream:
         """
         return {
             **documents_fingerprint(self.settings, self.split, self._chosen, self._sources),
+            **self._changed_rules(),
             "tokenizer": self._tokenizer_fingerprint,
             "seq_length": self.settings.seq_length,
             "streams": self.streams,
         }
+
+    def _changed_rules(self) -> dict[str, str]:
+        """Of those that apply, the rules that versions before 2026-12 had otherwise: their positions are none here."""
+        mixed = {"mixed": "stream by stream"} if len(self._sources) > 1 else {}
+        by_rows = any(0 < source.sequential_parts < source.parts for source in self._sources)
+        return mixed | ({"plain files beside compressed ones": "dealt row by row"} if by_rows else {})
 
     def __iter__(self) -> Iterator[Sample]:
         return self.samples()
@@ -187,7 +194,6 @@ def documents_fingerprint(
     return {
         "sources": [source.fingerprint() for source in sources],
         "weights": [source.weight for source in chosen],
-        **({"mixed": "stream by stream"} if len(chosen) > 1 else {}),  # not as in versions before 2026-12
         "text": [[source.text_key, source.sample_by] for source in chosen],
         "shuffle": settings.shuffle,
         "seed": settings.seed,

@@ -22,6 +22,9 @@ def documents_folder(tmp_path, kind):
     if kind == "dealt rows":
         write_jsonl(folder / "a.jsonl.gz", make_texts(7, 1))
         write_jsonl(folder / "b.jsonl.gz", make_texts(6, 2))
+    elif kind == "plain and compressed":
+        write_jsonl(folder / "a.jsonl", make_texts(6, 1))
+        write_jsonl(folder / "b.jsonl.gz", make_texts(7, 2))
     elif kind == "owned files":
         for number in range(13):
             write_jsonl(folder / f"{number:02}.jsonl.gz", make_texts(2, number))
@@ -31,7 +34,15 @@ def documents_folder(tmp_path, kind):
 
 
 @pytest.fixture(
-    params=["documents", "spans", "dealt rows", "owned files", "fewer documents than streams", "two sources"]
+    params=[
+        "documents",
+        "spans",
+        "dealt rows",
+        "plain and compressed",
+        "owned files",
+        "fewer documents than streams",
+        "two sources",
+    ]
 )
 def settings(request, tmp_path, monkeypatch):
     if request.param == "spans":
@@ -203,3 +214,24 @@ def test_states_that_do_not_belong_together(tmp_path, stream_over):
     with pytest.raises(DataError, match="format 0, this version reads 1"):
         loaders[0].load_state_dict({**zero, "format": 0})
     loaders[1].load_state_dict(one)
+
+
+def test_positions_by_rules_of_before_are_refused(tmp_path, stream_over):
+    """Samples came in another order from several sources, and from a folder of plain and compressed files."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    one, other = (write_jsonl(tmp_path / name / "a.jsonl", make_texts(9)) for name in ("one", "other"))
+    write_jsonl(other.parent / "b.jsonl.gz", make_texts(9))
+    for settings, rule in (
+        (settings_for(one), None),
+        (settings_for(one, other), "mixed"),
+        (settings_for(other.parent), "plain files beside compressed ones"),
+    ):
+        loader = StreamLoader(stream_over(settings), 1)
+        state = loader.state_dict()
+        fingerprint = {name: value for name, value in state["fingerprint"].items() if name != rule}
+        if rule is None:
+            loader.load_state_dict(state)
+        else:
+            with pytest.raises(DataError, match=rule):
+                loader.load_state_dict(state | {"fingerprint": fingerprint})
