@@ -65,7 +65,7 @@ class HubSource:
 
 
 def _described(name: str) -> str:
-    path = Path(name)
-    if "://" in name or not path.is_file():
+    if "://" in name:
         return name
-    return f"{path.name}:{fingerprint_of(path)}"
+    path = Path(name)
+    return f"{path.name}:{fingerprint_of(path)}" if path.is_file() else path.name

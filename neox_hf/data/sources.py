@@ -3,7 +3,7 @@
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import glob, has_magic
@@ -72,11 +72,10 @@ class FileSource:
         self._spans = np.concatenate([np.empty((0, 2), np.int64), *parts])
         self._file_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(spans) for spans in parts])
         self.parts = len(self._spans)
-        self.sequential_parts = sum(
-            len(spans) for (_, file), spans in zip(files, parts, strict=True) if file.sequential
-        )
+        shares = {file.path: len(spans) for (_, file), spans in zip(files, parts, strict=True) if file.sequential}
+        self.sequential_parts = sum(shares.values())
         if self.sequential_parts >= streams:
-            _warn_of_uneven([file.path for _, file in files if file.sequential], path)
+            _warn_of_uneven(shares, path)
 
     def rows(self, part: int, position: int | None) -> Iterator[Row]:
         """Raises DataError where the file can no longer be read."""
@@ -124,14 +123,14 @@ def _to_be_read(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read any more: {error}") from error
 
 
-def _warn_of_uneven(files: Sequence[Path], source: str) -> None:
-    """Each is the share of one stream, and streams take equally many samples of a source."""
-    sizes = {path: path.stat().st_size for path in files}
+def _warn_of_uneven(shares: Mapping[Path, int], source: str) -> None:
+    """shares: how many each file has. Each is one stream's, and streams take equally many samples of a source."""
+    sizes = {path: path.stat().st_size / count for path, count in shares.items() if count}
     largest, mean = max(sizes, key=sizes.__getitem__), sum(sizes.values()) / len(sizes)
     if sizes[largest] > UNEVEN * mean:
         logger.warning(
-            "data.sources: %s: files that are read from their beginning are dealt to the streams whole, and %s is %.0f "
-            "times as large as their mean: its documents will be read less often than others; split it, or give it as "
+            "data.sources: %s: what is read from its beginning is dealt to the streams whole, and that of %s is %.0f "
+            "times as large as the mean: its documents will be read less often than others; split it, or give it as "
             "a source of its own",
             source,
             largest,

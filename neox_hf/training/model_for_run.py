@@ -35,9 +35,9 @@ def _undo_former_run(model: nn.Module) -> None:
             module.fp8 = None
     for parameter in model.parameters():
         hooks = parameter._post_accumulate_grad_hooks or {}
-        for key in [key for key, hook in hooks.items() if _is_a_runs(hook)]:
+        for key in [key for key, hook in hooks.items() if _was_attached_by_a_run(hook)]:
             del hooks[key]  # else gradients would go on into buckets and optimizers of that run
-        if not _is_a_runs(getattr(parameter, ATTRIBUTE, None)):
+        if not _was_attached_by_a_run(getattr(parameter, ATTRIBUTE, None)):
             continue
         sum_in(parameter, None)
         if parameter.grad_dtype == torch.float32 != parameter.dtype:
@@ -45,6 +45,6 @@ def _undo_former_run(model: nn.Module) -> None:
             parameter.grad_dtype = parameter.dtype
 
 
-def _is_a_runs(of_a_parameter: Any) -> bool:
-    """Whether ours or DeepSpeed's code has attached it, and not a user's."""
-    return (getattr(of_a_parameter, "__module__", None) or "").partition(".")[0] in ("neox_hf", "deepspeed")
+def _was_attached_by_a_run(thing: Any) -> bool:
+    """Whether a hook or a sum on a parameter is of ours or DeepSpeed's code, and not a user's."""
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] in ("neox_hf", "deepspeed")

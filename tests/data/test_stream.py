@@ -94,7 +94,15 @@ def test_files_that_are_shares_of_unequal_size_are_told(tmp_path, stream_over, c
     stream_over(settings_for(tmp_path, streams=8))
     assert not caplog.records  # their rows are dealt
     stream_over(settings_for(tmp_path, streams=4))
-    assert "4.jsonl.gz is 5 times as large as their mean: its documents will be read less often" in caplog.text
+    assert "4.jsonl.gz is 5 times as large as the mean: its documents will be read less often" in caplog.text
+
+
+def test_row_groups_of_one_size_are_no_unequal_shares(tmp_path, stream_over, caplog):
+    for number, rows in enumerate([2, 2, 2, 2, 2, 80]):
+        table = pyarrow.table({"text": [f"{number}.{row}" * 500 for row in range(rows)]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
+    stream_over(settings_for(tmp_path, streams=4))
+    assert not caplog.records
 
 
 def test_a_large_file_is_read_in_spans_without_an_index(tmp_path, stream_over, monkeypatch):
