@@ -1,0 +1,54 @@
+"""What holds of every op that has gradients, on a GPU: tensors may lie in memory as they like and be empty, and a
+compiler's sizes may vary.
+
+Attention is not tried on heads that are cut out: torch's own kernels refuse addresses that are not multiples of 16
+bytes, and heads of a projection never lie so.
+"""
+
+import pytest
+import torch
+
+from tests.kernels.every_op_cases import (
+    SAMPLES,
+    Sizes,
+    check_compiled,
+    check_empty,
+    check_layout,
+    every_op,
+    given_nothing,
+    inputs,
+)
+from tests.kernels.layouts import LAYOUTS, laid_out
+
+pytestmark = pytest.mark.gpu
+
+AS_IN_TRAINING = Sizes(batch=4, tokens=48, width=256, head=64)
+"""A head size that FlashAttention 4 takes, where it is installed."""
+
+in_every_layout = pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in SAMPLES for layout in LAYOUTS if (name, layout) != ("causal_attention", "cut out")],
+)
+
+
+@in_every_layout
+def test_tensors_may_lie_in_memory_as_they_like(name, layout):
+    check_layout(name, [laid_out(layout, x) for x in inputs(name, device="cuda")], layout, "triton", 2e-5)
+
+
+@in_every_layout
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_so_they_may_in_half_precision(name, layout, dtype):
+    given = [laid_out(layout, x.to(dtype)) for x in inputs(name, AS_IN_TRAINING, "cuda")]
+    check_layout(name, given, layout, "triton", torch.finfo(dtype).eps)
+
+
+@every_op
+@given_nothing
+def test_nothing_may_be_given(name, sizes):
+    check_empty(name, sizes, "cuda")
+
+
+@every_op
+def test_a_compiler_takes_it_whole_at_sizes_that_vary(name):
+    check_compiled(name, "cuda", "inductor")
