@@ -193,6 +193,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parse_variant(name)
         except ValueError as unknown:
             parser.error(str(unknown))
+    names = [*(case.name for case in CASES), ADAMW]
+    for text in options.ops:
+        if not any(wanted(name, [text]) for name in names):
+            parser.error(f"--ops {text!r}: no op has that in its name; there are {', '.join(map(repr, names))}")
     return options
 
 

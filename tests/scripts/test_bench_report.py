@@ -105,6 +105,7 @@ def test_defaults_are_the_whole_benchmark():
         (["--sections", "all"], "invalid choice: 'all'"),
         (["--sizes", "12b"], "invalid choice: '12b'"),
         (["--variants", "fast-bf16"], "variant 'fast-bf16' is unknown"),
+        (["--ops", "GELU", "gelu"], "--ops 'gelu': no op has that in its name; there are 'layer norm', "),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, capsys):
