@@ -111,7 +111,6 @@ SAMPLES = {
 }
 
 every_op = pytest.mark.parametrize("name", SAMPLES)
-given_nothing = pytest.mark.parametrize("sizes", [Sizes(batch=0), Sizes(tokens=0)], ids=["no samples", "no tokens"])
 
 
 def inputs(name: str, sizes: Sizes = Sizes(), device: str = "cpu") -> list[torch.Tensor]:
@@ -141,20 +140,3 @@ def check_layout(name: str, given: list[torch.Tensor], layout: str, backend: str
     for place, (found, wanted) in enumerate(zip(results(by(name, backend), given, layout), exact, strict=True)):
         assert found.shape == wanted.shape
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm() + 1e-5, (backend, place)
-
-
-def check_empty(name: str, sizes: Sizes, device: str) -> None:
-    given = inputs(name, sizes, device)
-    for found, wanted in zip(*(results(by(name, backend), given) for backend in ("triton", "torch")), strict=True):
-        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-        assert torch.equal(found, wanted)
-
-
-def check_compiled(name: str, device: str, compiler: str) -> None:
-    """Whole, and again at other sizes."""
-    torch._dynamo.reset()
-    compiled = torch.compile(by(name, "triton"), fullgraph=True, dynamic=True, backend=compiler)
-    for batch, tokens, layout in [(3, 5, "stepped"), (2, 7, "transposed")]:
-        given = [laid_out(layout, x) for x in inputs(name, Sizes(batch, tokens), device)]
-        for found, wanted in zip(results(compiled, given), results(by(name, "torch"), given), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

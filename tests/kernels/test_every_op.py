@@ -5,19 +5,13 @@ import pytest
 import torch
 
 from neox_hf import kernels
-from tests.kernels.every_op_cases import (
-    HEADS,
-    by,
-    check_compiled,
-    check_empty,
-    check_layout,
-    every_op,
-    given_nothing,
-    inputs,
-    results,
-    rotary,
-)
+from tests.kernels.every_op_cases import HEADS, Sizes, by, check_layout, every_op, inputs, results, rotary
 from tests.kernels.layouts import LAYOUTS, far_apart, laid_out
+
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+COMPILERS = {"cpu": "aot_eager", "cuda": "inductor"}
+"""What compiles kernels there: their interpreter is in no graph."""
 
 
 @every_op
@@ -28,9 +22,13 @@ def test_tensors_may_lie_in_memory_as_they_like(name, layout, backend):
 
 
 @every_op
-@given_nothing
-def test_nothing_may_be_given(name, sizes):
-    check_empty(name, sizes, "cpu")
+@on_each_device
+@pytest.mark.parametrize("sizes", [Sizes(batch=0), Sizes(tokens=0)], ids=["no samples", "no tokens"])
+def test_nothing_may_be_given(name, sizes, device):
+    given = inputs(name, sizes, device)
+    for found, wanted in zip(*(results(by(name, backend), given) for backend in ("triton", "torch")), strict=True):
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        assert torch.equal(found, wanted)
 
 
 @every_op
@@ -43,8 +41,14 @@ def test_on_meta_there_are_shapes(name):
 
 
 @every_op
-def test_a_compiler_takes_it_whole_at_sizes_that_vary(name):
-    check_compiled(name, "cpu", "aot_eager")
+@on_each_device
+def test_a_compiler_takes_it_whole_at_sizes_that_vary(name, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(by(name, "triton"), fullgraph=True, dynamic=True, backend=COMPILERS[device])
+    for batch, tokens, layout in [(3, 5, "stepped"), (2, 7, "transposed")]:
+        given = [laid_out(layout, x) for x in inputs(name, Sizes(batch, tokens), device)]
+        for found, wanted in zip(results(compiled, given), results(by(name, "torch"), given), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_with_rows_far_apart():

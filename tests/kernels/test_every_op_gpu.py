@@ -1,5 +1,4 @@
-"""What holds of every op that has gradients, on a GPU: tensors may lie in memory as they like and be empty, and a
-compiler's sizes may vary.
+"""Tensors may lie in memory as they like, on a GPU, for every op that has gradients.
 
 Attention is not tried on heads that are cut out: torch's own kernels refuse addresses that are not multiples of 16
 bytes, and heads of a projection never lie so. Nor is head and loss, in half precision, on rows that are all the same:
@@ -9,16 +8,7 @@ their gradient is a sum that comes to nothing, of which no rounding is a small p
 import pytest
 import torch
 
-from tests.kernels.every_op_cases import (
-    SAMPLES,
-    Sizes,
-    check_compiled,
-    check_empty,
-    check_layout,
-    every_op,
-    given_nothing,
-    inputs,
-)
+from tests.kernels.every_op_cases import SAMPLES, Sizes, check_layout, inputs
 from tests.kernels.layouts import LAYOUTS, laid_out
 
 pytestmark = pytest.mark.gpu
@@ -46,14 +36,3 @@ def test_tensors_may_lie_in_memory_as_they_like(name, layout):
 def test_so_they_may_in_half_precision(name, layout, dtype):
     given = [laid_out(layout, x.to(dtype)) for x in inputs(name, AS_IN_TRAINING, "cuda")]
     check_layout(name, given, layout, "triton", torch.finfo(dtype).eps)
-
-
-@every_op
-@given_nothing
-def test_nothing_may_be_given(name, sizes):
-    check_empty(name, sizes, "cuda")
-
-
-@every_op
-def test_a_compiler_takes_it_whole_at_sizes_that_vary(name):
-    check_compiled(name, "cuda", "inductor")
